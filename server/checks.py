@@ -34,7 +34,7 @@ from server.model_checks import (
 )
 from server.private_checks import check_privacy
 from server.private_terms import check_devices as check_private_devices
-from server.value_checks import check_values
+from server.value_checks import check_private_modules, check_values
 from strategies.registry import BUILT_IN, Capabilities, LoadedStrategy, load_all
 
 
@@ -73,6 +73,7 @@ def check_config(
         check_trackers(config.run.report_to)
     aggregation = loaded["aggregation"].capabilities if "aggregation" in loaded else Capabilities()
     check_aggregation(config, aggregation)
+    check_private_modules(config, aggregation)
     check_dora(config, aggregation)
     check_late_updates(config, aggregation)
     check_cut_defence(config, aggregation)

@@ -168,7 +168,7 @@ class StartingPoints:
 
 def _terms(plan: pb.Plan) -> tuple[Hashable, ...]:
     """Returns all of a plan but its layers that a slice depends on."""
-    private = plan.routes[0].front if plan.cut.private_front and plan.routes else None
+    private = plan.routes[0].front if plan.cut.private_front and plan.routes else None, *plan.task.private_modules
     return plan.lora.rank, plan.lora.freeze_a, plan.lora.freeze_b, private
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.files import sync_folder, write_atomically
 from edgelam_fl.model.adapter import Adapter, layer_number
+from edgelam_fl.model.value_ends import is_of_module
 from edgelam_fl.plan.making import ClientSettings, RoundPrivacy
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.spec import RunSpec
@@ -46,6 +47,8 @@ def start_of_updates(spec: RunSpec) -> Adapter:
         on_device -= {"front"}
 
     def learns(name: str) -> bool:
+        if is_of_module(name, config.task.private_modules):
+            return False
         layer = layer_number(name)
         if layer is None or layer >= layers - split.back:
             return "back" in on_device

@@ -10,6 +10,7 @@ from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import LM_HEAD
 from edgelam_fl.plan.modes import label_place
 from edgelam_fl.tasks.kinds import TASKS, values_of
+from strategies.registry import Capabilities
 
 _OF_TEXTS = ("template", "loss_on", "too_long", "label_smoothing", "weighting")  # keys of [task]
 
@@ -41,7 +42,30 @@ def check_values(config: RunConfig) -> None:
         )
 
 
+def check_private_modules(config: RunConfig, aggregation: Capabilities) -> None:
+    """Raises ConfigError if the server would need the modules that devices keep to themselves."""
+    kept = list(config.task.private_modules)
+    if not kept:
+        return
+    who = f"task.private_modules = {kept}"
+    if config.federation.load_best:
+        raise ConfigError(
+            f"{who} cannot be combined with federation.load_best = true: each device has the newest of its own modules alone, which do not "
+            f"fit an earlier adapter. Allowed: one of the two"
+        )
+    if aggregation.corrects_sgd:
+        raise ConfigError(
+            f"{who} cannot be combined with strategy.aggregation = {config.strategy.aggregation!r}, which corrects all that a device trains "
+            f"by what the others did. Allowed: the other aggregations, for example 'fedavg'"
+        )
+
+
 def _check_no_radio(config: RunConfig) -> None:
+    if config.task.private_modules:
+        raise ConfigError(
+            f"task.private_modules = {list(config.task.private_modules)} is for tasks of values, and task.kind = {config.task.kind!r} learns "
+            f"from texts. Allowed: leave it out, or for layers privacy.private_front = true"
+        )
     standard = RunConfig().radio
     for key, value in config.radio.model_dump().items():
         if value != getattr(standard, key):

@@ -80,7 +80,11 @@ DtypeOption = Annotated[
 ]
 FrontOption = Annotated[
     Path | None,
-    typer.Option("--front", metavar="FILE", help="This device's own front, of a run with privacy.private_front."),
+    typer.Option(
+        "--front",
+        metavar="FILE",
+        help="This device's own tensors, of a run with privacy.private_front or task.private_modules.",
+    ),
 ]
 
 

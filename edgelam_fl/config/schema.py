@@ -272,6 +272,10 @@ class TaskSection(Section):
         le=4096,
         description="tokens of the longest of these answers; each costs a forward pass of the whole text so far, and its bytes",
     )
+    private_modules: Annotated[tuple[Literal["input", "output"], ...], _WORDS] = Field(
+        (),
+        description="of a task of values, the modules that each device keeps to itself, never sent and never averaged: input, output; the others are averaged",
+    )
     weighting: Literal["labels", "examples"] = Field(
         "labels", description="weights of losses and of the aggregation: the number of labelled tokens, or of examples"
     )

@@ -56,7 +56,7 @@ def _needs(source: ModelSource, span: Span, name: str, tokens: bool) -> bool:
     layer = layer_number(name)
     if layer is not None:
         return span.first <= layer < span.last
-    if not tokens and name in (f"{source.family.body}.{source.family.embed}.weight", "lm_head.weight"):
+    if not tokens and name in source.names_of_tokens:
         return False
     if any(part in name for part in ("embed", "wte", "wpe")):
         tied = span.head and source.tied_head and "lm_head.weight" not in source.index and "wpe" not in name

@@ -130,6 +130,11 @@ class ModelSource:
                 modules[name.removesuffix(".weight")] = (columns, rows) if turned else (rows, columns)
         return modules
 
+    @property
+    def names_of_tokens(self) -> tuple[str, str]:
+        """The names of the table of tokens and of the head."""
+        return f"{self.family.body}.{self.family.embed}.weight", "lm_head.weight"
+
     def packs(self, name: str) -> bool:
         """Whether int8 and nf4 pack a tensor: the matrices inside the layers and those of experts, but no router's."""
         dimensions = len(self.index[name].shape)

@@ -6,7 +6,7 @@ Imports no torch: the server draws these tensors, and `model.task_modules` compu
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -79,3 +79,8 @@ def is_of_values(name: str) -> bool:
 def is_of_input(name: str) -> bool:
     """Returns whether a tensor is one of the input module's."""
     return f".{INPUT_MODULE}." in f".{name}"
+
+
+def is_of_module(name: str, modules: Iterable[str]) -> bool:
+    """Returns whether a tensor belongs to one of the modules, "input" or "output"."""
+    return any(f".{module}_module." in f".{name}" for module in modules)

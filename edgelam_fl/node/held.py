@@ -107,8 +107,10 @@ class Held:
         self._before = adapters.slice_of(before, spans_of(plan))  # empty after the first `start`
         self._fronts = PrivateFronts() if fronts is None else fronts
         self._snapshots = snapshots
+        values = ends_of(plan)
+        drawn = dict(values.first_values(self.source.hidden_size, plan.seed)) if values is not None else {}
         self._private = {
-            name: p.detach().cpu().numpy().copy()
+            name: drawn.get(name.removeprefix(adapters.PREFIX), p.detach().cpu().numpy().copy())
             for name, p in self.ends_trainee.named.items()
             if is_private(plan, name)
         }
@@ -313,7 +315,7 @@ def slice_key(plan: pb.Plan) -> tuple[Any, ...]:
     copies = host_mode(plan.host_mode).has_copies
     return (
         model.digest, model.base, model.compute, tuple(spans_of(plan)), lora_of(plan), plan.checkpointing, copies,
-        len(plan.task.classes), ends_of(plan), plan.cut.private_front,
+        len(plan.task.classes), ends_of(plan), plan.cut.private_front, tuple(plan.task.private_modules),
     )  # fmt: skip
 
 

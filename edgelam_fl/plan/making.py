@@ -416,6 +416,7 @@ def task_settings(config: RunConfig) -> pb.TaskSettings:
         metrics=config.task.metrics,
         metrics_examples=config.task.metrics_examples if config.task.metrics else 0,
         metrics_tokens=config.task.metrics_tokens if config.task.metrics else 0,
+        private_modules=config.task.private_modules,
         radio=_radio(config) if values_of(config.task.kind) else None,
     )
 

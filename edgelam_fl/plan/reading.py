@@ -15,7 +15,7 @@ from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.cut import CutAdapter
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.lora import LoraKind, OwnTerms
-from edgelam_fl.model.value_ends import ValueEnds
+from edgelam_fl.model.value_ends import ValueEnds, is_of_module
 from edgelam_fl.plan.modes import label_place
 from edgelam_fl.tasks.kinds import values_of
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -178,9 +178,13 @@ def ends_train(plan: pb.Plan) -> Callable[[int | None], bool]:
 
 
 def is_private(plan: pb.Plan, name: str) -> bool:
-    """Returns whether a tensor of a device's own layers never leaves it: those of its front, if the plan keeps it private."""
+    """Returns whether a tensor of a device's own never leaves it: of its front, or of a module of values, if the plan keeps it private."""
+    if not plan.routes:
+        return False
     layer = layer_number(name)
-    return plan.cut.private_front and bool(plan.routes) and layer is not None and layer < plan.routes[0].front
+    if layer is None:
+        return is_of_module(name, plan.task.private_modules)
+    return plan.cut.private_front and layer < plan.routes[0].front
 
 
 def hosted_trains(plan: pb.Plan) -> Callable[[int | None], bool]:

@@ -13,6 +13,7 @@ from itertools import pairwise
 from edgelam_fl.model.adapter import Span, adapter_shapes
 from edgelam_fl.model.base_names import FP32_BYTES
 from edgelam_fl.model.index import layer_number
+from edgelam_fl.model.value_ends import is_of_module
 from edgelam_fl.plan.bases import choose_base
 from edgelam_fl.plan.footprint import GROWTH_BYTES, IDLE_BYTES, Footprints
 from edgelam_fl.plan.layout import cut_layers
@@ -40,7 +41,7 @@ class Resolved:
     layers: int
     parameters: int
     trained: int
-    """Numbers that learn: LoRA factors, and the head of a classification."""
+    """Numbers that learn: LoRA factors, and the head of a classification or the modules of values."""
     front: int
     back: int
     hosts: int
@@ -58,6 +59,8 @@ class Resolved:
     """What every process of a node takes before it holds anything, most of which the processes of one machine share."""
     is_bound: bool
     """Whether bytes are those of the longest examples, since the data are not known."""
+    modules: str = ""
+    """What stands in the places of embedding and head, in words; empty: the model's own."""
 
     def in_words(self) -> Iterator[str]:
         """Yields a sentence on the model, on the bytes of a round and on the memory, without full stops."""
@@ -67,6 +70,8 @@ class Resolved:
         share = 100 * self.trained / self.parameters
         yield f"{self.model}: {self.layers} layers ({where}), {human_number(self.parameters)} parameters in {self.base}"
         yield f"trained: {human_number(self.trained)} of them ({share:.2g} %), an adapter of {human_bytes(self.adapter_bytes)}"
+        if self.modules:
+            yield self.modules
         if self.hosts:
             most = "at most " if self.is_bound else "about "
             yield (
@@ -94,13 +99,32 @@ def resolve(spec: RunSpec, devices: int = 1, data: DataSize | None = None) -> Re
     example_bytes = tokens * spec.token_bytes
     process = IDLE_BYTES + GROWTH_BYTES
     return Resolved(
-        model=source.name, layers=layers, parameters=sum(math.prod(entry.shape) for entry in source.index.values()),
+        model=source.name, layers=layers, parameters=_parameters(spec), modules=_modules(spec),
         trained=trained, front=split.front, back=layers - back_first, hosts=split.least_hosts, base=pair.partition("/")[0],
         up_bytes=up * example_bytes, down_bytes=down * example_bytes, adapter_bytes=FP32_BYTES * trained,
         device_bytes=footprints.of_device("", spans, pair, split.window) + process,
         host_bytes=_host_bytes(spec, footprints, pair, devices, back_first) + process if split.hosts else 0,
         process_bytes=process, is_bound=data is None,
     )  # fmt: skip
+
+
+def _parameters(spec: RunSpec) -> int:
+    """Counts the numbers of the model as the task has it: with the modules of values in the places of embedding and head."""
+    ends = spec.source.names_of_tokens if spec.values else ()
+    kept = (entry for name, entry in spec.source.index.items() if name not in ends)
+    return sum(math.prod(entry.shape) for entry in kept) + spec.value_weights
+
+
+def _modules(spec: RunSpec) -> str:
+    """Says what stands in the places of embedding and head, and whose it is; empty for a task of texts."""
+    if spec.values is None:
+        return ""
+    shapes, said = spec.values.shapes(spec.source.hidden_size), list[str]()
+    for module in ("input", "output"):
+        count = sum(math.prod(shape) for name, shape in shapes.items() if is_of_module(name, [module]))
+        whose = "kept by each device" if module in spec.config.task.private_modules else "averaged over devices"
+        said.append(f"an {module} module of {count:,} numbers, {whose}")
+    return f"in the places of embedding and head, on each device: {', and '.join(said)}"
 
 
 def _own_spans(front: int, back_first: int, layers: int, on_device: bool, is_split: bool) -> list[Span]:

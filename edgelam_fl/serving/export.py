@@ -41,7 +41,7 @@ _DTYPES = {"peft": (), "merged": ("fp32", "bf16"), "gguf": tuple(BYTES_PER_NUMBE
 def export(result: Result, kind: str, out: Path | None, dtype: str = "", front: Path | None = None) -> tuple[Path, str]:
     """Writes the result as `kind` "peft", "merged" or "gguf" to `out` (None: a folder of that name in the run's folder).
 
-    `front`: a device's own adapter of the front, which a run with privacy.private_front lacks. Returns the folder and the lines
+    `front`: a device's own tensors, which a run with privacy.private_front or task.private_modules lacks. Returns the folder and the lines
     that use it elsewhere. The folder appears complete or not at all. Raises ConfigError if it exists or an option is wrong,
     EnvironmentProblem if memory or disk is short.
     """
@@ -135,14 +135,22 @@ def _whole_or_nothing(folder: Path, write: Callable[[Path], None], card: str) ->
 
 def _check_front(result: Result, front: Path | None) -> None:
     """Raises ConfigError if a run's private front is missing, or one is given to a run that has none."""
+    kept = list(result.config.task.private_modules)
+    if kept and front is None:
+        raise ConfigError(
+            f"{result.folder} lacks what each device keeps to itself: with task.private_modules = {kept} these modules are as the run began "
+            f"with them. On a device, export with --front FILE: private-fronts/RUN.safetensors in the node's state folder"
+        )
     if result.config.privacy.private_front and front is None:
         raise ConfigError(
             f"{result.folder} lacks the front's adapter: with privacy.private_front = true each device keeps its own, and the run's "
             f"folder holds those of hosts and back alone. On a device, export with --front FILE: "
             f"private-fronts/RUN.safetensors in the node's state folder"
         )
-    if front is not None and not result.config.privacy.private_front:
-        raise ConfigError("--front belongs to runs with privacy.private_front = true; this run's adapter is whole")
+    if front is not None and not (kept or result.config.privacy.private_front):
+        raise ConfigError(
+            "--front belongs to runs with privacy.private_front = true or task.private_modules; this run's adapter is whole"
+        )
 
 
 @contextmanager

@@ -137,6 +137,8 @@ def _modules_told(config: RunConfig) -> str:
 
 
 def _lacking(config: RunConfig) -> str:
+    if kept := config.task.private_modules:
+        return f"\n\nThe modules {' and '.join(kept)} are as the run began with them: each device keeps its own."
     if config.privacy.private_front:
         return "\n\nThe front's adapter is not here: each device keeps its own, and without one the model does not answer as trained."
     if config.wire.gradients == "lowrank":

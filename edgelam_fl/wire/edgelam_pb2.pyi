@@ -491,7 +491,7 @@ class Optimizer(_message.Message):
     def __init__(self, name: _Optional[str] = ..., step_offset: _Optional[int] = ..., lrs: _Optional[_Iterable[float]] = ..., clip: _Optional[str] = ..., max_norm: _Optional[float] = ..., keep: _Optional[str] = ..., weight_decay: _Optional[float] = ..., betas: _Optional[_Iterable[float]] = ..., eps: _Optional[float] = ..., momentum: _Optional[float] = ...) -> None: ...
 
 class TaskSettings(_message.Message):
-    __slots__ = ("kind", "max_tokens", "template", "loss_on", "prompt_field", "answer_field", "held_out", "classes", "weighting", "too_long", "bad_lines", "more_prompt_fields", "label_smoothing", "evaluate_examples", "packing", "metrics", "metrics_examples", "metrics_tokens", "radio")
+    __slots__ = ("kind", "max_tokens", "template", "loss_on", "prompt_field", "answer_field", "held_out", "classes", "weighting", "too_long", "bad_lines", "more_prompt_fields", "label_smoothing", "evaluate_examples", "packing", "metrics", "metrics_examples", "metrics_tokens", "radio", "private_modules")
     KIND_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEMPLATE_FIELD_NUMBER: _ClassVar[int]
@@ -511,6 +511,7 @@ class TaskSettings(_message.Message):
     METRICS_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     METRICS_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RADIO_FIELD_NUMBER: _ClassVar[int]
+    PRIVATE_MODULES_FIELD_NUMBER: _ClassVar[int]
     kind: str
     max_tokens: int
     template: str
@@ -530,7 +531,8 @@ class TaskSettings(_message.Message):
     metrics_examples: int
     metrics_tokens: int
     radio: Radio
-    def __init__(self, kind: _Optional[str] = ..., max_tokens: _Optional[int] = ..., template: _Optional[str] = ..., loss_on: _Optional[str] = ..., prompt_field: _Optional[str] = ..., answer_field: _Optional[str] = ..., held_out: _Optional[float] = ..., classes: _Optional[_Iterable[str]] = ..., weighting: _Optional[str] = ..., too_long: _Optional[str] = ..., bad_lines: _Optional[str] = ..., more_prompt_fields: _Optional[_Iterable[str]] = ..., label_smoothing: _Optional[float] = ..., evaluate_examples: _Optional[int] = ..., packing: _Optional[bool] = ..., metrics: _Optional[_Iterable[str]] = ..., metrics_examples: _Optional[int] = ..., metrics_tokens: _Optional[int] = ..., radio: _Optional[_Union[Radio, _Mapping]] = ...) -> None: ...
+    private_modules: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, kind: _Optional[str] = ..., max_tokens: _Optional[int] = ..., template: _Optional[str] = ..., loss_on: _Optional[str] = ..., prompt_field: _Optional[str] = ..., answer_field: _Optional[str] = ..., held_out: _Optional[float] = ..., classes: _Optional[_Iterable[str]] = ..., weighting: _Optional[str] = ..., too_long: _Optional[str] = ..., bad_lines: _Optional[str] = ..., more_prompt_fields: _Optional[_Iterable[str]] = ..., label_smoothing: _Optional[float] = ..., evaluate_examples: _Optional[int] = ..., packing: _Optional[bool] = ..., metrics: _Optional[_Iterable[str]] = ..., metrics_examples: _Optional[int] = ..., metrics_tokens: _Optional[int] = ..., radio: _Optional[_Union[Radio, _Mapping]] = ..., private_modules: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Radio(_message.Message):
     __slots__ = ("snr_db", "history_slots", "future_slots", "series", "duplex", "seed")

@@ -14,7 +14,7 @@ from torch.nn import functional
 from edgelam_fl.config import RunConfig
 from edgelam_fl.model.adapter import PREFIX, Adapter, from_bytes, initial_adapter
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.model.value_ends import ValueEnds, is_of_values
+from edgelam_fl.model.value_ends import ValueEnds, is_of_module, is_of_values
 from edgelam_fl.plan.making import task_settings
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.tasks.base import Unit
@@ -196,3 +196,28 @@ def test_values_may_meet_a_base_in_bf16(tiny: ModelSource, series_files: list[Pa
     ]
     assert same_bits(*found)
     assert all(array.dtype == np.float32 for array in found[0].values())
+
+
+@pytest.mark.parametrize("kept", [["input"], ["input", "output"]])
+def test_a_private_module_learns_and_never_leaves(tiny: ModelSource, series_files: list[Path], kept: list[str]) -> None:
+    """To the bit as if it were shared, as long as one device has it; the server gets all but it."""
+    shared = values_config(tiny, "split.front=0")
+    config = values_config(tiny, "split.front=0", f"task.private_modules={kept}")
+    first = dict(start_of(tiny, config))
+    drawn = initial_adapter(
+        tiny, config.lora.targets, config.lora.rank, config.run.seed, values=RunSpec(config, tiny).values
+    )
+    first |= {name: drawn[name] for name in drawn if is_of_values(name)}  # what a device draws for itself
+    known = {name: array for name, array in first.items() if not is_of_module(name, kept)}
+    found = []
+    for one, start in ((shared, first), (config, known)):
+        with memory_fleet(tiny, one, series_files[:1]) as fleet:
+            reports = fleet.run(start, 2)
+            check_done(reports)
+            more = fleet.run(start | joined(reports), 2, step_offset=2)
+            check_done(more)
+            found.append(joined(more))
+    whole, sent = found
+    assert not any(is_of_module(name, kept) for name in sent)
+    assert same_bits(sent, {name: whole[name] for name in sent})
+    assert {name for name in whole if name not in sent} == {name for name in whole if is_of_module(name, kept)}

@@ -17,6 +17,7 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import Span, load_stages
 from edgelam_fl.model.value_ends import ValueEnds, is_of_input, is_of_values
 from edgelam_fl.plan.fronts import host_readings
+from edgelam_fl.plan.resolved import resolve
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.privacy.limits import why_refused
 from edgelam_fl.serving.chat import check_can_talk
@@ -25,6 +26,7 @@ from edgelam_fl.serving.results import open_result
 from edgelam_fl.tasks.kinds import TASKS
 from server.checks import check_config
 from server.global_adapter import first_adapter
+from server.privacy import start_of_updates
 from tests.by_hand import LABELS
 from tests.results import write_result
 from tests.support import run_config
@@ -61,6 +63,11 @@ def test_the_modules_belong_to_the_ends_of_a_route(tiny: ModelSource) -> None:
     assert {name for name in own if Span(0, 2, embed=True).holds(name)} == {name for name in own if is_of_input(name)}
     assert not [name for name in own if Span(2, 4).holds(name)]
     assert spec.outputs == 2
+    kept = RunSpec(run_config(tiny.name, *SETTINGS, "task.private_modules=output"), tiny)
+    assert (
+        "in the places of embedding and head, on each device: an input module of 952 numbers, averaged over devices, and an output module "
+        "of 130 numbers, kept by each device"
+    ) in resolve(kept).in_words()
     assert (
         spec.value_weights
         == sum(adapter[name].size for name in own)
@@ -94,6 +101,20 @@ def test_modules_are_averaged_and_kept_with_the_adapter(federation: MakeFederati
     assert set(LABELS) >= {"a", "b"}
 
 
+def test_a_module_that_devices_keep_is_not_averaged(federation: MakeFederation) -> None:
+    run = federation("ab", "e", *SETTINGS, "task.private_modules=input")
+    result = run.run()
+    inputs = [name for name in result if is_of_input(name)]
+    assert len(inputs) == 5
+    assert all(np.array_equal(result[name], run.start[name]) for name in inputs)
+    assert all(
+        is_of_input(name) or not np.array_equal(result[name], run.start[name]) for name in result if is_of_values(name)
+    )
+    assert not any(name in plan_start for name in inputs for plan_start in run.nodes["a"].received)
+    updates = start_of_updates(RunSpec(run_config("tiny", *SETTINGS, "task.private_modules=input"), run.spec.source))
+    assert not set(inputs) & updates.keys()
+
+
 def test_an_adapter_of_values_is_exported_alone(tiny: ModelSource, tmp_path: Path) -> None:
     config = run_config(tiny.name, *SETTINGS)
     adapter = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1, values=RunSpec(config, tiny).values)
@@ -103,6 +124,11 @@ def test_an_adapter_of_values_is_exported_alone(tiny: ModelSource, tmp_path: Pat
         folder, _ = export(result, "peft", tmp_path / "out")
     assert digest(read_peft_folder(folder)) == digest(adapter)
     assert "`input_module` and `output_module`" in (folder / "README.md").read_text("utf-8")
+    kept = open_result(write_result(tmp_path / "kept", tiny, *SETTINGS, "task.private_modules=input", adapter=adapter))
+    with pytest.raises(
+        ConfigError, match=r"with task\.private_modules = \['input'\] these modules are as the run began"
+    ):
+        export(kept, "peft", tmp_path / "never")
     for kind in ("merged", "gguf"):
         with pytest.raises(ConfigError, match=r"are no part of a language model; `--to peft` writes them"):
             export(result, kind, tmp_path / kind)
@@ -144,6 +170,9 @@ def test_settings_that_go_with_values(tiny: ModelSource, overrides: list[str]) -
         (["privacy.private_front=true"], "privacy.private_front = True cannot be combined"),
         (["lora.modules_to_save=lm_head"], "lora.modules_to_save = 'lm_head' .* always learns"),
         (["lora.train=['hosts']"], r"lora.train = \['hosts'\] .* learn with the back"),
+        (["task.private_modules=['input']", "federation.load_best=true", "federation.early_stopping_patience=2"], "cannot be combined with federation.load_best"),
+        (["task.private_modules=input", "strategy.aggregation=scaffold", "optimizer.name=sgd"], r"\['input'\] cannot be combined with strategy.aggregation = 'scaffold'"),
+        (["task.kind=causal-lm", "task.private_modules=input"], "is for tasks of values, and task.kind = 'causal-lm' learns from texts"),
         (["radio.series=129"], "radio.series = 129 must be at most task.max_tokens = 128"),
         (["task.classes=['a','b']"], "task.classes is for task.kind = 'classification', got 'toy-series'"),
         (["task.packing=true"], "task.packing = true is for task.kind = 'causal-lm', and 'toy-series' has one sample per row"),
