@@ -32,7 +32,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from server.emulated_channel import EmulatedChannel, RoundOnAir
 from server.global_adapter import first_adapter
 from server.private_sums import PrivateSums
-from server.private_terms import NOT_COVERED, UNIT, Terms, adversary_of, messages_of, shares_hosts, why_broken
+from server.private_terms import UNIT, Terms, adversary_of, messages_of, not_covered_of, shares_hosts, why_broken
 from strategies.aggregation.factors import A, B
 
 LEDGER = "privacy.json"
@@ -213,7 +213,7 @@ class PrivateRun:
             unit=UNIT,
             adversary=adversary_of(self.spec.config),
             messages=messages_of(self.spec.config),
-            not_covered=NOT_COVERED,
+            not_covered=not_covered_of(self.spec.config, terms.sampling),
         )
 
     def for_plans(self) -> RoundPrivacy:

@@ -251,6 +251,14 @@ def adversary_of(config: RunConfig) -> str:
     return mode.adversary + "; devices that host for others are such hosts" * bool(devices_host)
 
 
+def not_covered_of(config: RunConfig, sampling: float) -> str:
+    """Says what a run's promise does not cover, and who gets it. `sampling`: as of `Terms`."""
+    who = "who takes part, " if sampling < 1 else ""
+    trackers = config.run.report_to
+    passed_on = f"; run.report_to passes it on to {', '.join(trackers)}" if trackers else ""
+    return who + NOT_COVERED + passed_on
+
+
 def messages_of(config: RunConfig) -> str:
     """Says which messages of a run the promise covers."""
     covered = [] if only_hosts_train(config) else [MODES[config.privacy.mode].messages]

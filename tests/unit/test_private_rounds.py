@@ -381,6 +381,21 @@ def test_who_is_trusted_is_said_also_if_devices_host(federation: MakeFederation)
     assert ["devices that host for others" in words for words in said] == [False, True]
 
 
+def test_what_trackers_pass_on_and_who_took_part_are_not_covered(federation: MakeFederation) -> None:
+    """Poisson selection counts on nobody knowing who took part, and events name them."""
+    plain, drawn = (
+        private(federation, "ab", *overrides)
+        for overrides in ((), (*POISSON, "strategy.options.poisson.rate=0.5", "run.report_to=tensorboard"))
+    )
+    said = []
+    for run in (plain, drawn):
+        run.rounds.round_after(FederationState(adapter=run.start))
+        said.append(run.events("privacy_promised")[0]["not_covered"])
+    assert said[0] in said[1]
+    assert said[1].startswith("who takes part, ")
+    assert said[1].endswith("run.report_to passes it on to tensorboard")
+
+
 def test_a_spent_budget_is_not_spent_again(federation: MakeFederation) -> None:
     first = private(federation, "ab", "privacy.noise=0.0", "privacy.epsilon=4.0")
     first.run()
