@@ -97,7 +97,7 @@ def _ways(load: Load, folder: Path, files: Sequence[Path], stack: ExitStack, smo
     unsplit = load.with_settings("split.hosts=0")
     even = load.with_settings("split.front=6", "split.back=5", "split.window=4")
     half = f"federation.batch_size={load.config.federation.batch_size // 2}"
-    pieces = f"split.micro_batches={load.config.split.micro_batches // 2}"
+    pieces = f"split.micro_batches={load.config.pieces.micro_batches // 2}"
     each = Load(load.model, (*load.overrides, half, pieces, "split.hosts=0"), tuple(files))
     meeting = folder / "gloo"
     ways: dict[str, Way] = {

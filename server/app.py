@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -20,6 +21,7 @@ from edgelam_fl.federation import QUEUE
 from edgelam_fl.files import Hold, from_home, keep_private, say
 from edgelam_fl.names import AGAIN
 from edgelam_fl.plan.making import task_settings
+from edgelam_fl.plan.pieces import settled
 from edgelam_fl.plan.placement import first_proposal
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.events import EVENTS_FILE, EventLog, RunDone, RunFailure, RunResumed, RunStarted
@@ -175,18 +177,11 @@ def _run(
 ) -> None:
     saved, attempts = (resumed.saved, resumed.attempts) if resumed is not None else (None, 0)
     name = (resumed.name if resumed is not None else "") or f"{folder.path.name}-{time.time_ns():x}"
-    rounds = Rounds(
-        spec,
-        exchange,
-        roster,
-        folder,
-        name,
-        hub=hub,
-        bounds=bounds,
-        saved=saved,
-        attempts_before=attempts,
-        ticket=ticket,
-    )
+    make_rounds = partial(
+        Rounds, exchange=exchange, roster=roster, folder=folder, run=name, hub=hub, bounds=bounds, saved=saved,
+        attempts_before=attempts, ticket=ticket,
+    )  # fmt: skip
+    rounds = make_rounds(spec)
     if saved is None:
         config = spec.config.model_dump(mode="json")
         folder.emit(RunStarted(run=folder.path.name, config=config, versions=versions(), name_at_nodes=name))
@@ -195,6 +190,8 @@ def _run(
         rounds.end_earlier_attempts()  # first of all: a node that plays answers nothing
         await_nodes(exchange, roster, resumed.nodes)
     say(f"run folder: {folder.path}")
+    if saved is None and spec.config.has_open_pieces:
+        rounds = make_rounds(settle(roster, spec, folder))
     rounds.run()
     folder.finish()
     say(f"done: {folder.path / 'summary.json'}")
@@ -213,12 +210,13 @@ def await_nodes(exchange: Exchange, roster: Roster, names: Set[str], patience_s:
 
 def _profile_request(spec: RunSpec, hub: RunHub) -> pb.ProfileRequest:
     config = spec.config
+    is_planned = config.split.cuts == "auto" or config.has_open_pieces
     return pb.ProfileRequest(
         protocol_version=PROTOCOL_VERSION,
         task=task_settings(config),
         measure_model=config.model.name if config.model.base == "auto" else "",
-        measure_layers=config.model.name if config.split.cuts == "auto" else "",
-        measure_link=config.split.cuts == "auto",
+        measure_layers=config.model.name if is_planned else "",
+        measure_link=is_planned,
         model=config.model.name,
         model_digest=spec.source.digest,
         hub_port=hub.port,
@@ -229,6 +227,19 @@ def _profile_request(spec: RunSpec, hub: RunHub) -> pb.ProfileRequest:
 def propose(roster: Roster, spec: RunSpec, folder: RunFolder) -> None:
     """Waits for the nodes, emits who would hold which layers, and ends: nothing is trained."""
     roster.gather(spec.config, at_start=True)
-    proposal = first_proposal(spec, list(roster.profiles.values()))
-    folder.emit(proposal.event())
+    profiles = list(roster.profiles.values())
+    spec, choice = settled(spec, profiles)
+    if choice is not None:
+        folder.emit(choice.event())
+    folder.emit(first_proposal(spec, profiles).event())
     folder.emit(RunDone(summary=""))
+
+
+def settle(roster: Roster, spec: RunSpec, folder: RunFolder) -> RunSpec:
+    """Waits for the nodes, decides for the whole run what its file leaves open of a batch's pieces, and says so."""
+    roster.gather(spec.config, at_start=True)
+    spec, choice = settled(spec, list(roster.profiles.values()))
+    assert choice is not None, "something is open"
+    folder.settle(spec)
+    folder.emit(choice.event())
+    return spec

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
-from edgelam_fl.config import FederationSection, OptimizerSection, RunConfig, TaskSection
+from edgelam_fl.config import AUTO, MOST_PIECES, FederationSection, OptimizerSection, RunConfig, TaskSection
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.generation import check_answers
 from edgelam_fl.model.limits import check_limits
@@ -219,10 +219,13 @@ def check_together(config: RunConfig) -> None:
             f"split.hosts = 'auto' cannot be combined with split.cuts = {cuts}: the number of hosts and the cuts are one choice. "
             f"Allowed: split.cuts = 'auto', or a number of hosts"
         )
-    federation, pieces = config.federation, config.federation.local_steps * config.step_micro_batches
+    federation, micro_batches = config.federation, config.step_micro_batches
+    if split.micro_batches == AUTO:
+        micro_batches = min(federation.batch_size, MOST_PIECES) * config.optimizer.gradient_accumulation_steps
+    pieces = federation.local_steps * micro_batches
     if split.hosts and not federation.epochs and pieces > _MOST_PIECES:
         raise ConfigError(
-            f"federation.local_steps = {federation.local_steps} of {config.step_micro_batches} micro-batches each (split.micro_batches x "
+            f"federation.local_steps = {federation.local_steps} of {micro_batches} micro-batches each (split.micro_batches x "
             f"optimizer.gradient_accumulation_steps) are {pieces:,} in a round, all of which a device announces at its beginning. Allowed: "
             f"at most {_MOST_PIECES:,}"
         )

@@ -104,6 +104,7 @@ class Roster:
         self._gone: set[str] = set()  # were here in this run, and may come back
         self._tardy: set[int] = set()  # the others have waited for their answer once, in vain
         self._open: dict[str, _Question] = {}  # by Flower's message ids
+        self._has_waited = False  # for all expected nodes, once
 
     def devices(self) -> list[str]:
         """Returns the names of the devices, sorted."""
@@ -127,9 +128,10 @@ class Roster:
             news, now = self.refresh(ask_lost=short), timing.now()
             quiet_since = now if news else quiet_since
             count = self._count(config)
-            short = count.is_short(config, patient=at_start and now <= end)
+            short = count.is_short(config, patient=at_start and not self._has_waited and now <= end)
             enough_since = math.inf if short else min(enough_since, now)
             if not short and not news and not self._waits_for_others(enough_since, enough_since - began):
+                self._has_waited = True
                 return
             if short and not news:
                 self._check_hope(config, count, now - quiet_since)

@@ -98,6 +98,10 @@ class RunFolder:
                 folder.emit(event)
         return folder
 
+    def settle(self, spec: RunSpec) -> None:
+        """Has checkpoints hold what was decided since the run began: from one of them, the run goes on with the same."""
+        self._spec = spec
+
     def _open_logs(self) -> None:
         clear_progress(self.path)  # of a process that was killed
         self._log = EventLog(self.path / EVENTS_FILE, EVENTS_BYTES, keeps_all=True)

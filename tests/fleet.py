@@ -313,8 +313,8 @@ def plain_evaluation(model: Any, source: ModelSource, config: RunConfig, file: P
     _, held_out = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)
     task = _task(source, config)
     examples = task.examples(held_out).examples
-    rows = -(-config.federation.batch_size // config.split.micro_batches)
-    pieces = evaluation_batches(examples, 2 * rows * config.task.max_tokens, config.split.window)
+    rows = -(-config.federation.batch_size // config.pieces.micro_batches)
+    pieces = evaluation_batches(examples, 2 * rows * config.task.max_tokens, config.pieces.window)
     with torch.no_grad():
         return sum(float(plain_loss(model, unit)) for piece in pieces for unit in task.units(piece, 1))
 

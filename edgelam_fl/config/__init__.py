@@ -1,9 +1,12 @@
 """The run file: its keys and their rules, read from and written as TOML."""
 
 from edgelam_fl.config.schema import (
+    AUTO,
+    MOST_PIECES,
     FederationSection,
     ModelSection,
     OptimizerSection,
+    Pieces,
     PrivacySection,
     RadioSection,
     RunConfig,
@@ -28,9 +31,12 @@ from edgelam_fl.config.toml import (
 )
 
 __all__ = [
+    "AUTO",
+    "MOST_PIECES",
     "FederationSection",
     "ModelSection",
     "OptimizerSection",
+    "Pieces",
     "PrivacySection",
     "RadioSection",
     "RunConfig",

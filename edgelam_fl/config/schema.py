@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -17,6 +17,10 @@ class Section(BaseModel):
     """A section of a run file: frozen, without unknown keys, and without conversions between types."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+AUTO: Final = "auto"
+MOST_PIECES = 256  # of a batch
 
 
 def _as_tuple(value: Any) -> Any:
@@ -72,6 +76,14 @@ class ModelSection(Section):
     )
 
 
+class Pieces(NamedTuple):
+    """How a device's batch is cut into micro-batches, and what is kept of those that are under way."""
+
+    micro_batches: int
+    window: int
+    checkpointing: bool
+
+
 class SplitSection(Section):
     front: int = Field(
         2, ge=0, description="layers after the embedding that a device keeps; 0 lets hosts read the text"
@@ -116,10 +128,18 @@ class SplitSection(Section):
         "device",
         description="place of the labels; last-stage: the last host gets them and holds the head, only to compare with SplitLoRA",
     )
-    checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
-    micro_batches: int = Field(2, ge=1, le=256, description="pieces that a device's batch is cut into")
-    window: int = Field(
-        2, ge=1, le=256, description="micro-batches of one device under way at a time; bounds a host's memory"
+    checkpointing: bool | Literal["auto"] = Field(
+        False,
+        description="recompute activations in the backward pass: less memory, more time; auto: if nothing fits without",
+    )
+    micro_batches: int | Literal["auto"] = Field(
+        2,
+        description="pieces that a device's batch is cut into, 1 to 256 and at most federation.batch_size; auto: as many as make a step shortest, by "
+        "what the nodes measured; their number changes the last bits of gradients",
+    )
+    window: int | Literal["auto"] = Field(
+        2,
+        description="micro-batches of one device under way at a time, 1 to 256; bounds a host's memory; auto: as many as make a step shortest",
     )
 
     @property
@@ -137,6 +157,20 @@ class SplitSection(Section):
     def number_of_hosts(cls, value: Any) -> Any:
         if value != "auto" and not (type(value) is int and 0 <= value <= 64):
             raise ValueError("must be 0 to 64, or 'auto'")
+        return value
+
+    @field_validator("micro_batches", "window", mode="before")
+    @classmethod
+    def number_of_pieces(cls, value: Any) -> Any:
+        if value != AUTO and not (type(value) is int and 1 <= value <= MOST_PIECES):
+            raise ValueError(f"must be 1 to {MOST_PIECES}, or 'auto'")
+        return value
+
+    @field_validator("checkpointing", mode="before")
+    @classmethod
+    def switch_or_auto(cls, value: Any) -> Any:
+        if value != AUTO and type(value) is not bool:
+            raise ValueError("must be true, false or 'auto'")
         return value
 
     @field_validator("trust")
@@ -663,11 +697,25 @@ class RunConfig(Section):
     @property
     def step_micro_batches(self) -> int:
         """The micro-batches that one device's examples of an optimizer step are cut into."""
-        return self.split.micro_batches * self.optimizer.gradient_accumulation_steps
+        return self.pieces.micro_batches * self.optimizer.gradient_accumulation_steps
+
+    @property
+    def pieces(self) -> Pieces:
+        """The pieces of a batch; with the defaults in place of what is "auto" and still to be decided (`plan.pieces`)."""
+        split, default = self.split, SplitSection()
+        micro_batches, window, checkpointing = (
+            getattr(default if getattr(split, key) == AUTO else split, key) for key in Pieces._fields
+        )
+        return Pieces(min(micro_batches, self.federation.batch_size), window, checkpointing)
+
+    @property
+    def has_open_pieces(self) -> bool:
+        """Whether any of the pieces is "auto"."""
+        return any(getattr(self.split, key) == AUTO for key in Pieces._fields)
 
     @model_validator(mode="after")
     def consistent(self) -> RunConfig:
-        if self.split.micro_batches > self.federation.batch_size:
+        if self.split.micro_batches != AUTO and self.split.micro_batches > self.federation.batch_size:
             raise ValueError(
                 f"split.micro_batches = {self.split.micro_batches} must be at most federation.batch_size = "
                 f"{self.federation.batch_size}: a micro-batch holds at least one example"

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from edgelam_fl.bounds import Bounds
-from edgelam_fl.config import RunConfig
+from edgelam_fl.config import AUTO, RunConfig, toml_value
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
 from edgelam_fl.federation.data_check import FileSeen
 from edgelam_fl.federation.flower_app import app_module
@@ -119,8 +119,19 @@ def before_words(spec: RunSpec, seen: Sequence[FileSeen], names: Sequence[str]) 
     for name, each in zip(names, seen, strict=False):
         yield from (f"{name}: {words}" for words in each.in_words())
     yield from resolved_of(spec, seen).in_words()
+    yield from open_words(spec.config)
     if names:
         yield from unused_words(spec.config, names)
+
+
+def open_words(config: RunConfig) -> Iterator[str]:
+    """Says which pieces of a batch are decided when the nodes are there, and what is counted with until then."""
+    for key, value in config.pieces._asdict().items():
+        if getattr(config.split, key) == AUTO:
+            yield (
+                f"split.{key} = 'auto' is decided when the nodes are there, by what they measure, for the whole run (`edgelam plan` "
+                f"shows it beforehand); the figures above are those of {toml_value(value)}"
+            )
 
 
 def first_example(seen: Sequence[FileSeen], model: str) -> list[str]:

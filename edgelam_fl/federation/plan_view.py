@@ -28,12 +28,14 @@ from edgelam_fl.federation.submission import FollowTiming, Submission
 from edgelam_fl.model.base_names import PROFILED_TOKENS
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.fronts import host_readings_at
+from edgelam_fl.plan.pieces import settled
 from edgelam_fl.plan.placement import first_proposal
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.privacy.limits import HostReading
 from edgelam_fl.telemetry.events import (
     NodeJoined,
     NodePlaced,
+    PiecesChosen,
     PlacementMade,
     RunFailure,
     SitePlaced,
@@ -55,22 +57,28 @@ class ForeseenPlan:
     """The placement with which a run would begin."""
 
     placement: PlacementMade
+    pieces: PiecesChosen | None  # None: the run file leaves nothing open of them
     num_layers: int  # of the model
     readable: tuple[HostReading, ...]  # what hosts can read, per number of layers that devices keep
 
     def to_json(self) -> dict[str, Any]:
-        """Returns what `--json` prints: the fields of the event `placement`, num_layers, and per front what hosts can read."""
+        """Returns what `--json` prints: the fields of the event `placement`, those of `pieces` if something was open, num_layers, and
+        per front what hosts can read.
+        """
         read = [
             {"front": each.front, "back": each.back, "text": each.text, "labels": each.labels} for each in self.readable
         ]
-        return {**as_json(self.placement), "num_layers": self.num_layers, "readable": read}
+        pieces = {"pieces": as_json(self.pieces)} if self.pieces is not None else {}
+        return {**as_json(self.placement), **pieces, "num_layers": self.num_layers, "readable": read}
 
 
 def plan_of_profiles(config: RunConfig, file: Path) -> ForeseenPlan:
     """Plans for the nodes whose profiles a file holds. Raises ConfigError, or what a run would raise."""
     profiles = read_profiles(file)
     spec: RunSpec = app_module("server.checks").check_config(config, elsewhere=True)
-    return _foreseen(first_proposal(spec, profiles).event(), spec.config, spec.source)
+    spec, choice = settled(spec, profiles)
+    pieces = choice.event() if choice is not None else None
+    return _foreseen(first_proposal(spec, profiles).event(), pieces, spec.config, spec.source)
 
 
 def plan_on_server(console: Console, config: RunConfig, source: ModelSource, operator: Operator) -> ForeseenPlan:
@@ -85,22 +93,27 @@ def plan_on_server(console: Console, config: RunConfig, source: ModelSource, ope
         submission.submit(config, out, "plan")
         try:
             with submission.stopped_on_error():
-                event = _await_placement(submission, config.federation.join_deadline_s + _MESSAGES_S)
+                found = _await_placement(submission, config.federation.join_deadline_s + _MESSAGES_S)
         finally:
             shutil.rmtree(out, ignore_errors=True)
-    return _foreseen(event, config, source)
+    return _foreseen(*found, config, source)
 
 
-def _foreseen(placement: PlacementMade, config: RunConfig, source: ModelSource) -> ForeseenPlan:
+def _foreseen(
+    placement: PlacementMade, pieces: PiecesChosen | None, config: RunConfig, source: ModelSource
+) -> ForeseenPlan:
     layers = source.num_layers
     ends = {(device.first, layers - device.last) for site in placement.sites for device in site.devices}
-    return ForeseenPlan(placement, layers, tuple(host_readings_at(config, source.leakage_key, ends)))
+    return ForeseenPlan(placement, pieces, layers, tuple(host_readings_at(config, source.leakage_key, ends)))
 
 
-def _await_placement(submission: Submission, deadline_s: float) -> PlacementMade:
+def _await_placement(submission: Submission, deadline_s: float) -> tuple[PlacementMade, PiecesChosen | None]:
+    pieces: PiecesChosen | None = None
     for event in submission.events(deadline_s, awaited="the server's plan", timing=_TIMING):
+        if isinstance(event, PiecesChosen):
+            pieces = event
         if isinstance(event, PlacementMade):
-            return event
+            return event, pieces
         if isinstance(event, RunFailure):
             raise RunFailed(f"the server could not plan: {event.reason}", event.exit_code)
     raise RunFailed("the server ended before it planned")
@@ -188,7 +201,8 @@ def plan_view(plan: ForeseenPlan) -> Group:
         parts += [_picture(site, layers), _table(site, layers, title), _words(site)]
     step_s, window = plan.placement.step_s, plan.placement.window
     closing = f"a step takes {step_s:.3g} s, as predicted; micro-batches in flight: {window}"
-    return Group(*parts, Text(closing), *(Text(each.words()) for each in plan.readable))
+    chosen = [Text(plan.pieces.words())] if plan.pieces is not None else []
+    return Group(*parts, Text(closing), *chosen, *(Text(each.words()) for each in plan.readable))
 
 
 def _picture(site: SitePlaced, layers: int) -> Text:

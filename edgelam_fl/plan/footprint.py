@@ -102,7 +102,7 @@ class Footprints:
             of_model = {**of_model, "vocab_size": self.spec.outputs}
         return unit_bytes(
             of_model, layers, self.spec.unit_rows, config.task.max_tokens, itemsize,
-            checkpointing=config.split.checkpointing, head=head, all_linear=list(config.lora.targets) == ["all-linear"],
+            checkpointing=config.pieces.checkpointing, head=head, all_linear=list(config.lora.targets) == ["all-linear"],
             dora_bytes=self._dora(itemsize).kept,
         )  # fmt: skip
 

@@ -112,7 +112,7 @@ class Placement:
 
         A host grants a smaller window itself if its memory requires that, so a smaller one is better than none.
         """
-        for window in range(self.config.split.window, 0, -1):
+        for window in range(self.config.pieces.window, 0, -1):
             instances = self._instances(devices, hosts, shares, window)
             if self._newest and self._newest[0] == instances:
                 return replace(self._newest[1], reason="nothing has changed", changed=False)
@@ -260,7 +260,7 @@ def first_proposal(spec: RunSpec, profiles: Sequence[pb.Profile]) -> Proposal:
     if split.cuts == "auto":
         return Placement(spec).propose(devices, hosts)
     layout = make_layout(spec, devices, hosts)
-    maker = InstanceMaker(Footprints(spec), before_rounds(spec.config), [*devices, *hosts], split.window)
+    maker = InstanceMaker(Footprints(spec), before_rounds(spec.config), [*devices, *hosts], spec.config.pieces.window)
     chains = []
     for site in layout.sites:
         members = [device for device in devices if device.name in site.members]
@@ -273,4 +273,4 @@ def first_proposal(spec: RunSpec, profiles: Sequence[pb.Profile]) -> Proposal:
             )
         chains.append(cost)
     reason = f"split.cuts = {split.cuts if split.cuts == 'equal' else list(split.cuts)}"
-    return Proposal(tuple(chains), split.window, maker.speeds.tokens, reason)
+    return Proposal(tuple(chains), maker.window, maker.speeds.tokens, reason)

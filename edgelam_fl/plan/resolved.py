@@ -102,7 +102,7 @@ def resolve(spec: RunSpec, devices: int = 1, data: DataSize | None = None) -> Re
         model=source.name, layers=layers, parameters=_parameters(spec), modules=_modules(spec),
         trained=trained, front=split.front, back=layers - back_first, hosts=split.least_hosts, base=pair.partition("/")[0],
         up_bytes=up * example_bytes, down_bytes=down * example_bytes, adapter_bytes=FP32_BYTES * trained,
-        device_bytes=footprints.of_device("", spans, pair, split.window) + process,
+        device_bytes=footprints.of_device("", spans, pair, config.pieces.window) + process,
         host_bytes=_host_bytes(spec, footprints, pair, devices, back_first) + process if split.hosts else 0,
         process_bytes=process, is_bound=data is None,
     )  # fmt: skip
@@ -140,7 +140,7 @@ def _host_bytes(spec: RunSpec, footprints: Footprints, pair: str, devices: int, 
     borders = cut_layers(spec.config, split.front, back_first)
     first, last = max(pairwise(borders), key=lambda ends: ends[1] - ends[0])
     of_site = -(-devices // split.sites)
-    found = footprints.of_host(pair, of_site, split.window)
+    found = footprints.of_host(pair, of_site, spec.config.pieces.window)
     units = of_site * (found.unit_bytes + (last - first) * found.unit_layer_bytes)
     return sum(found.layer_bytes[first:last]) + found.head_bytes + units
 

@@ -26,7 +26,7 @@ class RunSpec:
     @property
     def unit_rows(self) -> int:
         """The most rows in one micro-batch of a device: ceil(batch_size / micro_batches)."""
-        return -(-self.config.federation.batch_size // self.config.split.micro_batches)
+        return -(-self.config.federation.batch_size // self.config.pieces.micro_batches)
 
     @property
     def token_bytes(self) -> int:

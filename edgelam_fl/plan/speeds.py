@@ -2,8 +2,7 @@
 
 A profile has the time of a whole layer for several numbers of tokens, or `base_seconds`: a layer's matrices alone, over
 PROFILED_TOKENS. Both are taken to grow with rows x tokens. `base_seconds` is too low for the first plan: it contains no
-attention, norms and LoRA, and no other work of a core (a real step takes 1.2 to 2 times as long); and few tokens take longer
-than their share. The error is much the same at all nodes, so cuts suffer less than the predicted seconds. From the first
+attention, norms and LoRA, and no other work of a core (a real step takes 1.2 to 2 times as long). The error is much the same at all nodes, so cuts suffer less than the predicted seconds. From the first
 round on, the time that training took replaces the profile.
 
 Asking changes nothing, and learning returns new `Speeds`. Knows nothing of chains, links' rates and memory.
@@ -69,15 +68,33 @@ def head_layers(spec: RunSpec) -> float:
 
 
 def _profiled_s(spec: RunSpec, speeds: Speeds, profile: pb.Profile, pair: str) -> float:
-    """Seconds per layer and position from the measured size nearest to a unit; 0 if nothing was measured."""
-    measured = [(time.tokens, time.seconds.get(pair, 0.0)) for time in profile.layer_times]
-    measured.append((PROFILED_TOKENS, profile.base_seconds.get(pair, 0.0)))
-    known = [(size, seconds) for size, seconds in measured if size and math.isfinite(seconds) and seconds > 0]
+    """Seconds per layer and position: from a line through whole layers of two sizes, else from the measured size nearest to a unit; 0
+    if nothing was measured.
+    """
+    layers = _known([(time.tokens, time.seconds.get(pair, 0.0)) for time in profile.layer_times])
+    known = layers + _known([(PROFILED_TOKENS, profile.base_seconds.get(pair, 0.0))])
     if not known:
         return 0.0
-    tokens, seconds = min(known, key=lambda size: abs(math.log(size[0] / (spec.unit_rows * speeds.tokens))))
-    again = 4 / 3 if spec.config.split.checkpointing else 1.0  # forward, forward again, and a backward of twice that
+    unit_tokens = spec.unit_rows * speeds.tokens
+    again = 4 / 3 if spec.config.pieces.checkpointing else 1.0  # forward, forward again, and a backward of twice that
+    fixed_s, token_s = _line(layers)
+    if fixed_s > 0 and token_s > 0:
+        return again * (fixed_s / unit_tokens + token_s)
+    tokens, seconds = min(known, key=lambda size: abs(math.log(size[0] / unit_tokens)))
     return again * seconds / tokens
+
+
+def _known(measured: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    return [(tokens, seconds) for tokens, seconds in measured if tokens and math.isfinite(seconds) and seconds > 0]
+
+
+def _line(layers: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Returns (seconds of a layer without tokens, seconds per token) through the smallest and the largest size; zeros without two."""
+    if len({tokens for tokens, _ in layers}) < 2:
+        return 0.0, 0.0
+    (few, few_s), (many, many_s) = min(layers), max(layers)
+    token_s = (many_s - few_s) / (many - few)
+    return few_s - few * token_s, token_s
 
 
 # ---------------------------------------------------------------- learning

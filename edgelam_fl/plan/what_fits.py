@@ -58,7 +58,7 @@ def _variants(config: RunConfig) -> Iterator[Iterator[tuple[str, RunConfig]]]:
         for tokens in lengths
         if tokens >= _LEAST_TOKENS
     )
-    if not split.checkpointing:
+    if not config.pieces.checkpointing:
         yield iter([("split.checkpointing = true", _with(config, "split", checkpointing=True))])
 
 

@@ -38,6 +38,7 @@ from edgelam_fl.telemetry.events import (
     NodeRefused,
     NodeSetAside,
     NodeSilent,
+    PiecesChosen,
     PlacementMade,
     PlanMade,
     PrivacyPromised,
@@ -121,6 +122,7 @@ class RunView:
             NodeJoined: self._on_node_joined,
             NodeRefused: self._on_node_refused,
             LinkMeasured: self._on_link_measured,
+            PiecesChosen: self._on_pieces,
             PlacementMade: self._on_placement,
             PlanMade: self._on_plan,
             RoundProgress: self._on_progress,
@@ -262,6 +264,9 @@ class RunView:
         up, down = (f"{bps / 1e6:.3g} Mbit/s" for bps in (event.link_up_bps, event.link_down_bps))
         round_trip = f"round trip {1e3 * event.round_trip_s:.3g} ms"
         self.say(f"{event.node}'s link to the server now: {up} up, {down} down, {round_trip}")
+
+    def _on_pieces(self, event: PiecesChosen, _: str) -> None:
+        self.say(event.words())
 
     def _on_placement(self, event: PlacementMade, _: str) -> None:
         for text in event.measured:

@@ -87,6 +87,20 @@ def test_every_problem_is_named_a_line_each() -> None:
     assert sorted(line.split()[0] for line in lines) == ["lora.rank", "optimizer.lr", "unknown"]
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("micro_batches", "0", "must be 1 to 256, or 'auto'"),
+        ("window", "300", "must be 1 to 256, or 'auto'"),
+        ("window", "2.0", "must be 1 to 256, or 'auto'"),
+        ("checkpointing", "1", "must be true, false or 'auto'"),
+    ],
+)
+def test_pieces_are_a_number_or_auto(key: str, value: str, rule: str) -> None:
+    assert message(f"[split]\n{key} = {value}") == f"split.{key} = {value} {rule} (in my.toml)"
+    assert parse_run_file(f"[split]\n{key} = 'auto'", source="x").has_open_pieces
+
+
 def test_more_pieces_than_examples_are_refused() -> None:
     assert message("[split]\nmicro_batches = 9\n[federation]\nbatch_size = 8") == (
         "split.micro_batches = 9 must be at most federation.batch_size = 8: a micro-batch holds at least one example (in my.toml)"

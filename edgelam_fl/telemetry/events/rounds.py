@@ -176,6 +176,31 @@ class SitePlaced:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PiecesChosen(Event):
+    """The planner decided what the run file leaves open of split.micro_batches, split.window and split.checkpointing; for the whole run."""
+
+    micro_batches: int
+    """Pieces of a device's batch."""
+    window: int
+    """Micro-batches of one device under way at a time."""
+    checkpointing: bool
+    """Whether activations are computed anew in the backward pass."""
+    step_s: float
+    """Predicted seconds of a training step."""
+    steps_s: Mapping[str, float]
+    """The shortest predicted step per number of micro-batches that was tried and fits."""
+
+    def words(self) -> str:
+        """Returns what was chosen and why, without a full stop."""
+        others = ", ".join(f"{number}: {step_s:.3g} s" for number, step_s in self.steps_s.items())
+        anew = " with activations computed anew, as nothing fits otherwise" if self.checkpointing else ""
+        return (
+            f"split.micro_batches = {self.micro_batches}, split.window = {self.window}{anew}: a step by the number of micro-batches "
+            f"should take {others}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlacementMade(Event):
     """The planner chose the layers of each node, before the round's plan; only with split.cuts = "auto"."""
 

@@ -12,6 +12,7 @@ EVENTS: dict[str, type[Event]] = {
     "node_refused": run.NodeRefused,
     "link_measured": run.LinkMeasured,
     "privacy_promised": run.PrivacyPromised,
+    "pieces": rounds.PiecesChosen,
     "placement": rounds.PlacementMade,
     "plan": rounds.PlanMade,
     "progress": progress.RoundProgress,
