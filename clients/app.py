@@ -25,6 +25,7 @@ from edgelam_fl.wire.control import FABRIC_SEPARATOR, ControlClient, NoStageHost
 _ANSWER_S = 60.0
 _PROFILE_S = 600.0  # measuring a layer in every base takes minutes on a fifth of a core
 _POLL_S = 30.0
+_KEPT_S = 5.0  # for the end of a part that the server has just cancelled
 _START_S = 60.0  # for a stage host to be started again
 _PAUSE_S = 0.2
 
@@ -37,6 +38,19 @@ def query(message: Message, context: Context) -> Message:
     request = pb.ProfileRequest.FromString(message.content["query"]["request"])
     profile = _ask(context, "GetProfile", request, _PROFILE_S)
     return _reply(message, ConfigRecord({"profile": profile.SerializeToString()}))
+
+
+@app.query("kept")
+def kept(message: Message, context: Context) -> Message:
+    """Answers which snapshots this node keeps of the round of a plan that it was given: for a server that was started again.
+
+    They are known once the part is over; if that takes more than `_KEPT_S`, none are named.
+    """
+    plan = pb.Plan.FromString(message.content["plan"]["plan"])
+    report = _ask(context, "Wait", pb.WaitRequest(job=part_id(plan), timeout_s=_KEPT_S), _KEPT_S + _ANSWER_S)
+    known = _unfinished(plan, report.state, code=report.code)
+    known.snapshots.extend(report.snapshots)
+    return _reply(message, ConfigRecord({"report": known.SerializeToString()}))
 
 
 @app.train()

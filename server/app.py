@@ -189,6 +189,7 @@ def _run(
         folder.emit(RunResumed(round=resumed.round, problem=resumed.problem))
         rounds.end_earlier_attempts()  # first of all: a node that plays answers nothing
         await_nodes(exchange, roster, resumed.nodes)
+        rounds.look_for_snapshots()
     say(f"run folder: {folder.path}")
     if saved is None and spec.config.has_open_pieces:
         rounds = make_rounds(settle(roster, spec, folder))

@@ -30,7 +30,7 @@ _SLOWER = 3  # a node may take so many times as long to begin as it did before
 _LEAST_BEGIN_S = 8.0  # until a node that has got its message attends
 _LEAST_BYTES_S = 1.25e6  # of a message on its way to a node
 _MOST_RESENT = 2  # of one message
-_MOST_KEPT = 8  # snapshots that a node may report
+MOST_KEPT = 8  # snapshots that a node may report
 _SAY_S = 10.0  # between two signs of life while a silent node is waited for
 
 
@@ -224,7 +224,7 @@ class Attempt:
             parcel = parcel_of(self.planned, answer.name, report)
             self._needed[answer.name], self.supplied_bytes[answer.name] = parcel, parcel.size_bytes
             return None
-        self.kept[answer.name] = report.snapshots[-_MOST_KEPT:]
+        self.kept[answer.name] = report.snapshots[-MOST_KEPT:]
         if report.state == "done" and self._nodes[answer.name].heard_s is None:
             self._beginnings.note_silent(answer.name, self._timing.now() - self._nodes[answer.name].sent_s)
         if report.code == Restarted.code:

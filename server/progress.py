@@ -23,8 +23,10 @@ Kept = Sequence[pb.StepSnapshot]
 class Progress:
     """The newest attempt at a round, and what is kept of the round so far."""
 
-    planned: PlannedRound | None = None
-    """None: this is the first attempt."""
+    plans: Mapping[str, pb.Plan] = field(default_factory=dict)
+    """Of the attempt, by node; empty: this is the first one."""
+    sites: Sequence[Site] = ()
+    """Of the attempt."""
     kept: Mapping[str, Kept] = field(default_factory=dict)
     """The snapshots of each node, as it reported last."""
 
@@ -33,19 +35,21 @@ class Progress:
         failed for another reason leaves nothing: the next one begins again.
         """
         went_on = any(plan.first_step for plan in planned.plans.values())
-        return FROM_THE_START if went_on and not by_chance else Progress(planned, {**self.kept, **kept})
+        if went_on and not by_chance:
+            return FROM_THE_START
+        return Progress(planned.plans, planned.layout.sites, {**self.kept, **kept})
 
     def newcomers(self, here: Collection[str], least: int) -> dict[str, str]:
         """Returns why devices sit the next attempt out, by name: those that are as far as most of them go on alone if they are enough.
 
         A device that left the last attempt early, or was not in it, would take all of them back.
         """
-        if self.planned is None:
+        if not self.plans:
             return {}
         steps = {name: max(one.steps for one in self.kept[name]) for name in here if self.kept.get(name)}
         if not steps:
             return {}
-        furthest, interval = median_low(steps.values()), max(p.snapshot_every for p in self.planned.plans.values())
+        furthest, interval = median_low(steps.values()), max(p.snapshot_every for p in self.plans.values())
         go_on = {name for name, done in steps.items() if done >= furthest - interval}
         if len(go_on) < max(1, least):
             return {}
@@ -57,11 +61,11 @@ class Progress:
         Returns what nodes are lent for that, by name: a host that takes a lost one's place has what the `hub` kept of it.
         """
         lent: dict[str, bytes] = {}
-        if self.planned is None:
+        if not self.plans:
             return lent
         for site in sites:
             before = self._site_before(site)
-            old, new = _plans(self.planned.plans, before), _plans(plans, site)
+            old, new = _plans(self.plans, before), _plans(plans, site)
             if before is None or not can_resume(old, new):
                 continue
             lost = {
@@ -75,9 +79,7 @@ class Progress:
         return lent
 
     def _site_before(self, site: Site) -> Site | None:
-        assert self.planned is not None
-        sites = self.planned.layout.sites
-        return next((one for one in sites if set(site.members) <= set(one.members)), None)
+        return next((one for one in self.sites if set(site.members) <= set(one.members)), None)
 
 
 FROM_THE_START = Progress()

@@ -41,11 +41,12 @@ from edgelam_fl.telemetry.events import (
 from edgelam_fl.telemetry.measures import measure_of
 from edgelam_fl.telemetry.timeline import shares_in
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.attempt import Attempt, Beginnings, Tries
+from server import unfinished
+from server.attempt import MOST_KEPT, Attempt, Beginnings, Tries
 from server.best import Best, best_with, check_is_measured, stopped_early
 from server.checkpoint import Saved, flatten
 from server.events_of_round import describe_plan, describe_readable, describe_round, describe_timeline
-from server.exchange import Exchange, Missing, Request
+from server.exchange import Arrived, Exchange, Missing, Request
 from server.global_adapter import StartingPoints, with_missing_modules
 from server.hub import NO_HUB, RunHub
 from server.late_updates import LateUpdates
@@ -57,7 +58,7 @@ from server.pauses import NodePauses
 from server.privacy import PrivateRun, promise_in_words
 from server.private_terms import Terms, terms_of
 from server.progress import FROM_THE_START, Progress
-from server.replies import KEPT_NODES, Reported, sums_on_arrival
+from server.replies import KEPT_NODES, Reported, read_report, sums_on_arrival
 from server.room import Room
 from server.roster import Roster
 from server.run_folder import RunFolder
@@ -67,6 +68,7 @@ from server.state import FederationState, Outcome, Parcel, PlannedRound, Receive
 from strategies.registry import load
 
 _PRIVACY = "privacy"
+_KEPT_S = 10.0  # for the nodes' answers about what they keep; each waits a part of it for the end of its part
 _BUSY_S = 10.0  # between two attempts while nodes play for a run of another server
 _OTHERS_FAULT = (PeerLost.code, Refused.code, Busy.code)  # codes of failures that another node is the reason of
 
@@ -111,6 +113,7 @@ class Rounds:
         self._late = LateUpdates(exchange, folder.emit, self.config.federation.update_factor)
         self._room = Room(folder.path, folder.emit, exchange.timing)
         self._first, self._attempts_before = FederationState(), attempts_before
+        self._left_over = FROM_THE_START  # what an earlier process of the run leaves to its next attempt
         if saved is not None:
             self.restore(saved)
         self.check_memory()
@@ -126,6 +129,7 @@ class Rounds:
             state = self.round_after(state)
         if self.privacy is not None and state.round < self.config.federation.rounds:
             self._end_early(self.privacy, state)
+        unfinished.forget(self.folder.path)
         state = self.evaluate(state)
         if self.config.federation.load_best and state.best is not None:
             self._take_best(state.best, state)
@@ -137,12 +141,31 @@ class Rounds:
             job = job_id(pb.Plan(run=self._run, round=self._first.round + 1, attempt=attempt))
             self._hub.attendance.look(job, "the server was started again", {})
 
+    def look_for_snapshots(self) -> None:
+        """Asks the nodes of the attempt that an earlier process of this run had begun what they keep of it, to go on from there."""
+        before = unfinished.read(self.folder.path)
+        if before is None or (before.round, before.attempt) != (self._first.round + 1, self._attempts_before):
+            return
+        asked = [
+            self.roster.request(
+                name, "query.kept", RecordDict({"plan": ConfigRecord({"plan": plan.SerializeToString()})})
+            )
+            for name, plan in before.plans.items()
+            if name in self.roster.profiles
+        ]
+        answers = self._exchange.replies(asked, _KEPT_S)
+        kept = {
+            one.name: read_report(one.content).snapshots[-MOST_KEPT:] for one in answers if isinstance(one, Arrived)
+        }
+        self._left_over = Progress(before.plans, before.sites, kept)
+
     def round_after(self, state: FederationState) -> FederationState:
         """Returns the state after the next round: of its first attempt that comes to an aggregate. The state stays as it is if
         failed attempts have spent the privacy budget. Raises RunFailed if no attempt succeeds, or if those that are here cannot keep
         the run's privacy.
         """
-        number, refused, progress = state.round + 1, "", FROM_THE_START
+        number, refused = state.round + 1, ""
+        progress, self._left_over = self._left_over, FROM_THE_START
         tries = Tries(self._timing.now, self.config.federation.round_deadline_s)
         for attempt in tries:
             self._check_model()
@@ -158,6 +181,7 @@ class Rounds:
                 self.privacy.check_present(len(self._fit() - aside.keys()))
             lineup = self.schedule.lineup(number, attempt, self._devices(), len(self.roster.edges()), aside)
             planned = self._plan(number, attempt, lineup, state, progress=progress)
+            unfinished.note(self.folder.path, planned)
             trial = self._attempt(planned)
             received = self._receive(planned, trial)
             planned = replace(planned, supplied_bytes=trial.supplied_bytes)

@@ -64,6 +64,10 @@ class ByHand:
         self.seconds = 0.0  # of its training, as it reports
         self.corrections: list[list[adapters.Adapter]] = []
 
+    @property
+    def kept_snapshots(self) -> list[pb.StepSnapshot]:
+        return [pb.StepSnapshot(attempt=attempt, steps=steps) for attempt, steps in self.kept]
+
     def work(self, plan: pb.Plan, content: RecordDict) -> tuple[pb.JobReport, list[adapters.Adapter]]:
         self.plans.append(plan)
         self.sent.append("adapter" in content)
@@ -72,7 +76,7 @@ class ByHand:
             self.held = {**self.held, **self.received[-1]}
         assert adapters.digest(self.held) == plan.adapter_digest
         self.corrections.append([from_record(content[f"correction-{n}"]) for n in range(len(plan.corrections))])
-        snapshots = [pb.StepSnapshot(attempt=attempt, steps=steps) for attempt, steps in self.kept]
+        snapshots = self.kept_snapshots
         if self.fails(plan):
             return pb.JobReport(state="failed", error=self.fails(plan), code=self.code, snapshots=snapshots), []
         report = pb.JobReport(state="done", node=plan.node, role=plan.role, snapshots=snapshots)
@@ -138,6 +142,11 @@ class HandGrid:
         if plan is None:
             found = RecordDict({"profile": ConfigRecord({"profile": node.profile.SerializeToString()})})
             return Message(found, reply_to=message)
+        if message.metadata.message_type == "query.kept":
+            report = pb.JobReport(state="failed", snapshots=node.kept_snapshots)
+            return Message(
+                RecordDict({"report": ConfigRecord({"report": report.SerializeToString()})}), reply_to=message
+            )
         if node.leaves(plan):
             del self.nodes[node_id]
             return None

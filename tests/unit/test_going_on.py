@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -84,15 +82,15 @@ def test_a_host_in_a_lost_ones_place_is_lent_what_the_hub_keeps(
     left.parent.mkdir(parents=True)
     left.write_bytes(b"the state")
     sites = [site_of(plans) for plans in (before, after)]
-    earlier: Any = SimpleNamespace(plans={plan.node: plan for plan in before}, layout=SimpleNamespace(sites=sites[:1]))
+    earlier = {plan.node: plan for plan in before}
     own = {plan.node: kept((1, 3), (1, 8)) for plan in before if plan.node != "edge-2"}
     new = {plan.node: plan for plan in after}
-    lent = Progress(earlier, own).go_on(new, sites[1:], HubKept(tmp_path))
+    lent = Progress(earlier, sites[:1], own).go_on(new, sites[1:], HubKept(tmp_path))
     assert {(plan.first_step, plan.resume_attempt) for plan in after} == {(3, 1)}
     assert lent == {"edge-9": pb.KeptStates(states={"site": b"the state"}).SerializeToString()}
     for plan in after:
         plan.first_step = 0
-    assert Progress(earlier, own).go_on(new, sites[1:], NO_HUB_KEPT) == {}
+    assert Progress(earlier, sites[:1], own).go_on(new, sites[1:], NO_HUB_KEPT) == {}
     assert {plan.first_step for plan in after} == {0}
 
 

@@ -13,6 +13,7 @@ from edgelam_fl.files import Hold
 from edgelam_fl.telemetry.events import EventLog, RunDone, RunFailure, RunResumed, RunStarted, read_events
 from edgelam_fl.telemetry.run_folder import state_now
 from edgelam_fl.telemetry.summary import build_summary
+from edgelam_fl.wire import edgelam_pb2 as pb
 from server.checkpoint import load_newest, save
 from server.resuming import check_can_resume, resumption
 from server.state import FederationState
@@ -124,6 +125,40 @@ def test_no_job_of_an_earlier_process_is_handed_over_again(
     second.rounds.end_earlier_attempts()
     second.run()
     assert [(p["round"], p["attempt"]) for p in second.events("plan")] == [(1, 1), (2, 1), (2, 2), (2, 3), (3, 1)]
+
+
+@pytest.mark.parametrize(
+    ("has", "attempts", "goes_on"),
+    [
+        ({"a": 4, "b": 4, "e": 4}, 1, (4, 1)),
+        ({"a": 4, "b": 4}, 1, (0, 0)),  # the host has none
+        ({"a": 4, "b": 4, "e": 4}, 2, (0, 0)),  # a later attempt was begun, of which nothing is known
+    ],
+)
+def test_a_run_that_goes_on_begins_its_round_where_all_nodes_have_a_snapshot(
+    federation: MakeFederation, has: dict[str, int], attempts: int, goes_on: tuple[int, int]
+) -> None:
+    """Round 2 was under way when the ServerApp was killed."""
+
+    def killed(plan: pb.Plan | None) -> bool:
+        raise KeyboardInterrupt
+
+    stopped = federation("ab", "e", "federation.snapshot_every=2")
+    state = stopped.rounds.round_after(FederationState())
+    for name, steps in has.items():
+        stopped.nodes[name].kept = [(1, steps)]
+    stopped.nodes["e"].loses = killed
+    with pytest.raises(KeyboardInterrupt):
+        stopped.rounds.round_after(state)
+    stopped.nodes["e"].loses = lambda plan: False
+    second = federation("ab", "e", "federation.snapshot_every=2")
+    second.go_on(stopped, attempts)
+    second.roster.refresh()
+    second.rounds.look_for_snapshots()
+    second.run()
+    plans = [plan for plan in second.nodes["e"].plans if plan.round == 2]
+    assert [(plan.first_step, plan.resume_attempt) for plan in plans] == [goes_on]
+    assert not (stopped.folder.path / "attempt.json").exists(), "the run is over"
 
 
 def test_a_run_that_had_failed_and_went_on_has_not_failed(stopped: FederationByHand) -> None:
