@@ -77,6 +77,7 @@ def figures_of(rows: Sequence[Row]) -> list[Figure]:
         figures += _figures(case)
     affordable = [case for case in found if mean(case.price_of_seeds) <= BAR_PERCENT]
     most = max((mean(case.points_of_seeds) for case in affordable), default=0.0)
+    figures.append(Figure(f"most points off for at most {BAR_PERCENT:.0f} % perplexity", round(most, 1), "points"))
     bar = f"at least {BAR_POINTS:.0f} points for at most {BAR_PERCENT:.0f} % perplexity"
     figures.append(
         Figure("points off the best attack at that price", round(most, 1), "points", bar, most >= BAR_POINTS)
