@@ -22,6 +22,7 @@ from edgelam_fl.addresses import free_port
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.federation.child import Child, end_all, log_tail
 from edgelam_fl.federation.hub_process import HubProcess
+from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.operator import Operator, operator_folder
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.federation.superlink import start_superlink
@@ -93,23 +94,26 @@ def test_nodes_that_reach_the_server_alone_train_through_its_relay(
     port = free_port()
     hub = HubProcess("0.0.0.0", free_port(), tmp_path / "hub", insecure=True)
     children: list[Child] = []
+    nodes = [
+        NodeProcesses(
+            name, f"127.0.0.1:{port}", tmp_path / name, data=few_pairs.get(name), threads=1, forked=True, insecure=True
+        )
+        for name in ("device-2", "device-3", "edge-1")
+    ]
     try:
         hub.start()
         assert hub.child is not None
         children = [hub.child, start_superlink("0.0.0.0", port, tmp_path / "server", beside=hub)]
-        here = Namespace("", "127.0.0.1")
-        for name, space in {
-            "device-1": home,
-            "device-2": here,
-            "device-3": here,
-            "edge-1": here,
-            "edge-2": away,
-        }.items():
+        for node in nodes:
+            node.start()
+            children += node.children.values()
+        for name, space, options in (
+            ("device-1", home, ["--data", str(few_pairs["device-1"])]),
+            ("edge-2", away, ["--listen", "relay"]),
+        ):
             command = [str(Path(sys.executable).with_name("edgelam")), "client", "--insecure", "--threads", "1"]
-            command += ["--server", f"{space.server}:{port}", "--name", name, "--state", str(tmp_path / name)]
-            command += ["--data", str(few_pairs[name])] if name in few_pairs else []
-            command += ["--listen", "relay"] if name == "edge-2" else []
-            children.append(Child(name, space.inside(*command) if space.name else command, tmp_path / f"{name}.log"))
+            command += ["--server", f"{space.server}:{port}", "--name", name, "--state", str(tmp_path / name), *options]
+            children.append(Child(name, space.inside(*command), tmp_path / f"{name}.log"))
         events = train(f"127.0.0.1:{port}", tiny, tmp_path, children)
     finally:
         end_all(children)
