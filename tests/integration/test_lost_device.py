@@ -14,6 +14,8 @@ from tests.support import WAIT_S
 
 pytestmark = pytest.mark.processes
 
+STEPS = 40  # so many that a device is killed in the middle of them
+
 
 def test_a_killed_stage_host_does_not_end_the_run(federation: Federation, tiny: ModelSource) -> None:
     victim = federation.nodes["device-2"]
@@ -33,7 +35,7 @@ def test_a_killed_stage_host_does_not_end_the_run(federation: Federation, tiny: 
         elif killed_at:
             watched.append(victim.watch())  # as `edgelam client` does: it starts the stage host again
 
-    settings = ["federation.local_steps=60", "federation.min_nodes=2", "federation.batch_size=2"]
+    settings = [f"federation.local_steps={STEPS}", "federation.min_nodes=2", "federation.batch_size=2"]
     try:
         run = federation.run("lost-device", config_of(tiny.name, *settings), kill_in_training)
     finally:
@@ -44,7 +46,7 @@ def test_a_killed_stage_host_does_not_end_the_run(federation: Federation, tiny: 
     assert all(node.silent_s < WAIT_S for node in attending.values())
 
     told = run.of_kind(RoundProgress)
-    assert any(one.steps == 60 and one.nodes and set(one.nodes) <= set(federation.nodes) for one in told)
+    assert any(one.steps == STEPS and one.nodes and set(one.nodes) <= set(federation.nodes) for one in told)
     summary = run.summary
     assert (summary.state, summary.rounds) == ("done", 2)
     (lost, *_) = run.of_kind(NodeLost)
