@@ -33,6 +33,7 @@ from edgelam_fl.tasks.causal_lm import IGNORED, CausalLm
 from edgelam_fl.tasks.data import Pair
 from edgelam_fl.tasks.docstrings import docstring_pairs
 from edgelam_fl.tasks.held_out import set_aside
+from tests.support import write_tiny_llama
 
 MODEL = "smollm2-135m"
 NAMES = (
@@ -98,8 +99,10 @@ class Attacked:
 
 
 def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
-    sizes = SMOKE if smoke else Sizes()
-    return measure_model(find_model(MODEL), sizes)
+    with TemporaryDirectory() as folder:
+        return measure_model(
+            find_model(str(write_tiny_llama(Path(folder))) if smoke else MODEL), SMOKE if smoke else Sizes()
+        )
 
 
 def measure_model(source: ModelSource, sizes: Sizes) -> tuple[dict[str, Any], list[Figure]]:
