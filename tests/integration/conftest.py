@@ -1,18 +1,49 @@
-"""One federation for all tests of this folder, and the runs that several of them look at."""
+"""One federation for all tests of this folder, the runs that several of them look at, and commands in this process."""
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from edgelam_fl.cli.main import app, exit_code
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.tasks.docstrings import write_device_files
 from tests.integration.federation import Federation, Run, config_of
 
 PAIRS = 20  # of each device
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command that ran in this process left."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Edgelam = Callable[..., Done]
+
+
+@pytest.fixture
+def edgelam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Edgelam:
+    """Runs a command in this process, in an empty folder; `typed` is its standard input."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "400")
+
+    def run(*arguments: str, typed: str = "") -> Done:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        capsys.readouterr()
+        status = exit_code(app, "edgelam", arguments)
+        return Done(status, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

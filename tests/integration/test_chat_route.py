@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import threading
 
 import pytest
 import torch
@@ -14,20 +11,17 @@ from rich.console import Console
 from edgelam_fl.federation.remote import route_speaker
 from edgelam_fl.serving.generate import LocalSpeaker, Speaker, greedy
 from edgelam_fl.serving.results import open_result
+from tests.integration.conftest import Done, Edgelam
 from tests.integration.federation import Federation, Run
-from tests.support import WAIT_S
 
 pytestmark = pytest.mark.processes
 
-EDGELAM = str(Path(sys.executable).with_name("edgelam"))
 PROMPT = "What does bin do?"
 NEW = 12
 
 
-def chat(run: Run, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [EDGELAM, "chat", str(run.path), "--prompt", PROMPT, "--max-tokens", "16", *more]
-    environment = {**os.environ, "PYTHONUTF8": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=WAIT_S, check=False)
+def chat(edgelam: Edgelam, run: Run, *more: str) -> Done:
+    return edgelam("chat", str(run.path), "--prompt", PROMPT, "--max-tokens", "16", *more)
 
 
 def test_the_tokens_over_the_route_are_those_at_home(averaged: Run, federation: Federation) -> None:
@@ -49,19 +43,23 @@ def tokens(speaker: Speaker) -> list[int]:
         return list(greedy(step, [5, 77, 130, 9, 254, 31], NEW, stop_ids=()))
 
 
-def test_the_command_answers_over_the_route(averaged: Run, federation: Federation) -> None:
-    over_route = chat(averaged, "--server", federation.server, "--operator", str(federation.operator.folder))
+def test_the_command_answers_over_the_route(edgelam: Edgelam, averaged: Run, federation: Federation) -> None:
+    before = set(threading.enumerate())
+    over_route = chat(edgelam, averaged, "--server", federation.server, "--operator", str(federation.operator.folder))
     assert over_route.returncode == 0, f"{over_route.stderr}\n{federation.logs()}"
     assert over_route.stdout.endswith("\n")
+    assert not [thread for thread in {*threading.enumerate()} - before if not thread.daemon], (
+        "its process would not end"
+    )
 
 
-def test_a_server_that_does_not_answer_is_said(averaged: Run) -> None:
-    done = chat(averaged, "--server", "127.0.0.1:9")
+def test_a_server_that_does_not_answer_is_said(edgelam: Edgelam, averaged: Run) -> None:
+    done = chat(edgelam, averaged, "--server", "127.0.0.1:9")
     assert done.returncode == 3
     assert "no server answers at 127.0.0.1:9" in done.stderr
 
 
-def test_the_model_as_it_came_is_only_here(averaged: Run) -> None:
-    done = chat(averaged, "--server", "127.0.0.1:9", "--base")
+def test_the_model_as_it_came_is_only_here(edgelam: Edgelam, averaged: Run) -> None:
+    done = chat(edgelam, averaged, "--server", "127.0.0.1:9", "--base")
     assert done.returncode == 2
     assert "--base and --server do not go together" in done.stderr

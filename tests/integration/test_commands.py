@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import io
 import json
 import os
 import re
@@ -12,8 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -22,7 +20,6 @@ import pytest
 import edgelam_fl
 from benchmarks.silence import Recorder
 from edgelam_fl.addresses import free_port, split_address
-from edgelam_fl.cli.main import app, exit_code
 from edgelam_fl.config import parse_run_file, read_run_file
 from edgelam_fl.doctor.checks import check_server, superlink_version
 from edgelam_fl.federation.child import Child, end_all, log_tail
@@ -32,37 +29,11 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.serving.generate import answer
 from edgelam_fl.serving.results import open_result
 from edgelam_fl.telemetry.events import NodeJoined, RoundDone, of_kind, read_events
+from tests.integration.conftest import Edgelam
 from tests.results import write_result
 from tests.support import WAIT_S
 
 EDGELAM = str(Path(sys.executable).with_name("edgelam"))
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a command that ran in this process left."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Edgelam = Callable[..., Done]
-
-
-@pytest.fixture
-def edgelam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Edgelam:
-    """Runs a command in this process, in an empty folder; `typed` is its standard input."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "400")
-
-    def run(*arguments: str, typed: str = "") -> Done:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-        capsys.readouterr()
-        status = exit_code(app, "edgelam", arguments)
-        return Done(status, *capsys.readouterr())
-
-    return run
 
 
 def process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
