@@ -9,6 +9,7 @@ from edgelam_fl.tasks.arrays import SAMPLES, Array
 
 _BAND = (SAMPLES, "slots", "subcarriers", "ports")
 DIRECTIONS, DELAY_BINS = 8, 48  # spatial eigenvectors and delay bins that a series may be of
+_AUTOREGRESSIONS = 5  # whose predictions stand beside a series
 
 
 class RadioSettings(Protocol):
@@ -49,6 +50,7 @@ CHANNELS = (
 
 
 def channel_ends(settings: RadioSettings) -> ValueEnds:
-    """Returns the sizes for channel prediction: a series' past slots, power and autoregression in, its future slots out."""
-    parts_ahead = 2 * settings.future_slots
-    return ValueEnds(2 * settings.history_slots + 1 + parts_ahead, parts_ahead, (DIRECTIONS, DELAY_BINS))
+    """Returns the sizes for channel prediction: a series' past slots, power and autoregressions in, its future slots out."""
+    outputs = 2 * settings.future_slots
+    features = 2 * settings.history_slots + 1 + _AUTOREGRESSIONS * outputs
+    return ValueEnds(features, outputs, (DIRECTIONS, DELAY_BINS))

@@ -23,7 +23,7 @@ from edgelam_fl.wireless.prediction.extrapolation import (
     zero,
 )
 from edgelam_fl.wireless.prediction.ridge import Ridge, RidgeAcross, RidgeByBin, RidgeBySpeed
-from edgelam_fl.wireless.prediction.rows import channel_of, corrections, inputs_of, strong_series
+from edgelam_fl.wireless.prediction.rows import WAYS, channel_of, corrections, inputs_of, strong_series
 from edgelam_fl.wireless.prediction.score import AHEAD, PAST, errors, future_of, nmse_db, past_of, spectral_efficiency
 from edgelam_fl.wireless.prediction.series import channels_of, projected, strongest
 
@@ -204,7 +204,7 @@ def test_a_perfect_correction_leaves_the_weaker_series_alone_and_errors_add_up()
 
 
 def test_no_correction_is_better_than_what_the_link_alone_gives_otherwise() -> None:
-    """Equations of both ways of reading a series let less noise into the weights."""
+    """A mean of several autoregressions has less of the noise in it than any of them."""
 
     def corrected(seen: Channels_NTFM) -> Channels_NTFM:
         found = strong_series(seen, NOISE, AHEAD, 1)
@@ -217,6 +217,6 @@ def test_a_link_of_noise_alone_keeps_its_strongest_series() -> None:
     noise = with_noise(np.zeros((2, PAST, 48, 32), np.complex64), 0.0, seed=1)
     assert [len(link.places_K) for link in strong_series(noise, 100.0, AHEAD, 8)] == [1, 1]
     assert all(
-        inputs_of(link, 100.0).shape == (1, 2 * PAST + 1 + 2 * AHEAD + 2)
+        inputs_of(link, 100.0).shape == (1, 2 * PAST + 1 + 2 * len(WAYS) * AHEAD + 2)
         for link in strong_series(noise, 100.0, AHEAD, 8)
     )

@@ -64,7 +64,7 @@ def test_without_a_correction_a_model_has_the_error_of_what_it_corrects(duplex: 
     found = points_of(sums)
     assert unit.count == len(made) == sum(point.values for point in found if point.who == MODEL)
     of_model = {point.at: point.value for point in found if point.who == MODEL}
-    corrected = "zero" if duplex == "fdd" else "subspace AR(8), both ways"
+    corrected = "zero" if duplex == "fdd" else "mean of subspace ARs"
     assert of_model == pytest.approx({point.at: point.value for point in found if point.who == corrected}, rel=1e-4)
     assert float(loss) == pytest.approx(sum(point.values * (point.value or 0) for point in found if point.who == MODEL))
     if duplex == "fdd":

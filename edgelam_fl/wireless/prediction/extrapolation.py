@@ -69,23 +69,21 @@ def _by_bin(past_TFM: npt.NDArray[np.complexfloating], order: int) -> npt.NDArra
     return autoregress(past_TFM.transpose(1, 2, 0), order).transpose(2, 0, 1).astype(np.complex64)
 
 
-def autoregress(
-    series_GST: _Series_GST, order: int, ahead: int = AHEAD, *, both_ways: bool = False
-) -> npt.NDArray[np.complex128]:
+def autoregress(series_GST: _Series_GST, order: int, ahead: int = AHEAD, *, both_ways: bool = False) -> _Series_GST:
     """Continues each series by `ahead` slots, `[G, S, ahead]`, with the weights that fit its group best (ridge, least squares).
 
     both_ways: the weights also fit the conjugate of the series read backwards, which a sum of waves obeys as well: twice as many
     equations, so less of the noise gets into the weights (the modified covariance method).
     """
-    series = series_GST.astype(np.complex128)
-    windows = _windows(series, order)
+    windows = _windows(series_GST, order)
     if both_ways:
-        windows = np.concatenate([windows, _windows(series[..., ::-1].conj(), order)], axis=1)
+        windows = np.concatenate([windows, _windows(series_GST[..., ::-1].conj(), order)], axis=1)
     before, after = windows[..., :order], windows[..., order:]
-    gram = before.conj().swapaxes(1, 2) @ before
+    gram = (before.conj().swapaxes(1, 2) @ before).astype(np.complex128)
     load = RIDGE * np.trace(gram, axis1=1, axis2=2).real / order + LEAST_POWER
     gram = gram + load[:, None, None] * np.eye(order)
     weights_GP = np.linalg.solve(gram, before.conj().swapaxes(1, 2) @ after)[..., 0]
+    series = series_GST
     for _ in range(ahead):
         following = np.einsum("gsp,gp->gs", series[..., -order:], weights_GP)
         series = np.concatenate([series, following[..., None]], axis=2)

@@ -1,13 +1,13 @@
 """What a learned predictor sees of links, as rows of numbers, and what it is to give: one row per strong series of a link.
 
 A series is a link's channel in one of its strongest directions and one delay bin (`series`). It is scaled to power 1 and turned so
-that its last value is real; what an autoregression of its delay bin predicts stands beside it. In the same band a predictor gives the
-correction of that, so that zeros are the autoregression's own prediction, which weaker series keep in any case. In the other band
-there is no such prediction: series of one direction keep their phases to each other, and a predictor gives the series itself.
-The errors of a link's series, weighted, and the share of its energy that they do not hold add up to its error.
+that its last value is real; what several autoregressions predict stands beside it. In the same band a predictor gives the
+correction of their mean, so that zeros are that mean, which weaker series keep in any case. In the other band there is no such
+prediction: series of one direction keep their phases to each other, and a predictor gives the series itself. The errors of a link's
+series, weighted, and the share of its energy that they do not hold add up to its error.
 
 Shapes: N links, T slots seen, A slots ahead, F subcarriers or delay bins, E directions, M ports, P = F E places of series, K strong
-series, strongest last.
+series, strongest last, W autoregressions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from edgelam_fl.wireless.prediction.extrapolation import autoregress
 from edgelam_fl.wireless.prediction.series import channels_of, projected, strongest
 
 LOUD = 1.3  # a series is predicted if its power is above so many times that of the noise
-ORDER = 8  # of the autoregressions; at most half of the slots seen
+WAYS = ((0, 8), (0, 10), (1, 10), (1, 12), (2, 12))
+"""Of each autoregression, the delay bins on either side that share its weights, and its order, at most three quarters of the slots seen."""
 LARGEST = 4.0  # times a series' amplitude: an autoregression that grows beyond is cut there
 _LEAST = 1e-12
 
@@ -35,7 +36,7 @@ class Strong:
     """The strong series of one link."""
 
     values_KT: _Complex
-    ahead_KA: _Complex  # what an autoregression predicts, of the band that is seen
+    ahead_KWA: _Complex  # what each autoregression predicts, of the band that is seen
     units_K1: _Complex  # what each series is measured in: its amplitude and a phase
     places_K: npt.NDArray[np.int64]  # of each in [bins, directions], counted bin after bin
     corrected_PA: _Complex  # what is predicted of all series before any correction
@@ -49,21 +50,30 @@ def strong_series(
     directions_NME = strongest(past_NTFM)
     series_NFET = projected(past_NTFM, directions_NME).transpose(0, 2, 3, 1)
     power_NFE = np.mean(np.abs(series_NFET) ** 2, axis=-1)
-    order = min(ORDER, past_NTFM.shape[1] // 2)
-    ahead_NFEA = np.zeros((*power_NFE.shape, ahead), np.complex64)
     loud_NF = power_NFE.mean(axis=-1) > LOUD * noise_power
-    ahead_NFEA[loud_NF] = autoregress(series_NFET[loud_NF], order, ahead, both_ways=True)
+    ahead_NFEWA = np.stack([_continued(series_NFET, loud_NF, *way, ahead) for way in WAYS], axis=3)
     largest_NFE = LARGEST * np.sqrt(power_NFE) * (power_NFE > LOUD * noise_power)
-    ahead_NFEA *= np.minimum(1, largest_NFE[..., None] / np.maximum(np.abs(ahead_NFEA), _LEAST))
-    links = zip(series_NFET, ahead_NFEA, power_NFE, directions_NME, strict=True)
+    ahead_NFEWA *= np.minimum(1, largest_NFE[..., None, None] / np.maximum(np.abs(ahead_NFEWA), _LEAST))
+    links = zip(series_NFET, ahead_NFEWA, power_NFE, directions_NME, strict=True)
     return [_strong(*link, LOUD * noise_power, most, other_band) for link in links]
 
 
+def _continued(series_NFET: _Complex, loud_NF: npt.NDArray[np.bool_], beside: int, order: int, ahead: int) -> _Complex:
+    """Continues the loud delay bins, each with the weights that fit it and `beside` bins on either side best; others are zero."""
+    *places, slots = series_NFET.shape
+    bins = [np.roll(series_NFET, shift, axis=1) for shift in sorted(range(-beside, beside + 1), key=abs)]
+    ahead_NFEA = np.zeros((*places, ahead), np.complex64)
+    continued = autoregress(np.concatenate(bins, axis=2)[loud_NF], min(order, 3 * slots // 4), ahead, both_ways=True)
+    ahead_NFEA[loud_NF] = continued[:, : places[-1]]
+    return ahead_NFEA
+
+
 def _strong(
-    series_FET: _Complex, ahead_FEA: _Complex, power_FE: _Reals, directions_ME: _Complex, least: float, most: int,
+    series_FET: _Complex, ahead_FEWA: _Complex, power_FE: _Reals, directions_ME: _Complex, least: float, most: int,
     other_band: bool,
 ) -> Strong:  # fmt: skip
-    power_P, ahead_PA = power_FE.ravel(), ahead_FEA.reshape(power_FE.size, -1)
+    power_P, ahead_PWA = power_FE.ravel(), ahead_FEWA.reshape(power_FE.size, *ahead_FEWA.shape[2:])
+    mean_PA = ahead_PWA.mean(axis=1)
     places = np.argsort(power_P)[-most:]
     loud = places[power_P[places] > least]
     places_K = loud if loud.size else places[-1:]
@@ -73,21 +83,22 @@ def _strong(
         last_K = series_FET[power_FE.argmax(axis=0), np.arange(power_FE.shape[1]), -1][places_K % power_FE.shape[1]]
     turns_K = np.exp(1j * np.angle(last_K))
     units_K1 = (np.sqrt(np.maximum(power_P[places_K], _LEAST)) * turns_K).astype(np.complex64)[:, None]
-    corrected_PA = np.zeros_like(ahead_PA) if other_band else ahead_PA
-    return Strong(values_KT, ahead_PA[places_K], units_K1, places_K, corrected_PA, directions_ME)
+    corrected_PA = np.zeros_like(mean_PA) if other_band else mean_PA
+    return Strong(values_KT, ahead_PWA[places_K], units_K1, places_K, corrected_PA, directions_ME)
 
 
 def inputs_of(link: Strong, noise_power: float) -> _Reals:
-    """Returns what is seen of a link, `[K, 2 T + 1 + 2 A + 2]`.
+    """Returns what is seen of a link, `[K, 2 T + 1 + 2 W A + 2]`.
 
     The columns: real and imaginary parts of the slots seen, decades of the power over the noise, real and imaginary parts of the
-    autoregression's slots, and the numbers of direction and delay bin.
+    autoregressions' slots, and the numbers of direction and delay bin.
     """
-    scaled_KT, ahead_KA = link.values_KT / link.units_K1, link.ahead_KA / link.units_K1
+    scaled_KT = link.values_KT / link.units_K1
+    ahead_KX = link.ahead_KWA.reshape(len(link.places_K), -1) / link.units_K1
     level_K1 = 2 * np.log10(np.abs(link.units_K1) / np.sqrt(noise_power))
     bins_K, directions_K = np.divmod(link.places_K, link.directions_ME.shape[1])
     columns = [
-        scaled_KT.real, scaled_KT.imag, level_K1, ahead_KA.real, ahead_KA.imag, directions_K[:, None], bins_K[:, None],
+        scaled_KT.real, scaled_KT.imag, level_K1, ahead_KX.real, ahead_KX.imag, directions_K[:, None], bins_K[:, None],
     ]  # fmt: skip
     return np.concatenate(columns, axis=1, dtype=np.float32)
 
