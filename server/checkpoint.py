@@ -38,6 +38,7 @@ _NAME = re.compile(r"r(\d{6,})")
 # {"$array": 7} in state.json is the array "7" in tensors.safetensors; {"$number": 7} is the one number in it, of numpy's type.
 _ARRAY, _NUMBER = "$array", "$number"
 _OF_BEST = tuple(each.name for each in fields(Best))
+_PLAIN = (str, int, float, bool, type(None))
 _DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError)
 
 
@@ -148,6 +149,8 @@ def flatten(value: Any, where: str) -> tuple[Any, list[np.ndarray]]:
     arrays: list[np.ndarray] = []
 
     def plain(item: Any, place: str) -> Any:
+        if type(item) in _PLAIN:  # first, as most are; not isinstance: numpy's float64 is a float
+            return item
         if isinstance(item, np.ndarray | np.generic) and item.dtype.name in DTYPES:
             arrays.append(np.asarray(item))
             return {_ARRAY if isinstance(item, np.ndarray) else _NUMBER: len(arrays) - 1}

@@ -174,26 +174,26 @@ class Exchange:
         """
         timing, watch = self.timing, watch or WhoLeft()
         end = timing.now() + limit_s
-        waiting, self._given_up = self.send(requests), {}
+        waiting, self._given_up = _Waiting(self.send(requests)), {}
         pause_s = timing.first_poll_s
-        while waiting and timing.now() < end:
-            awaited = [message_id for message_id, peer in waiting.items() if not peer.problem]
+        while waiting.by_id and timing.now() < end:
+            awaited = [message_id for message_id, peer in waiting.by_id.items() if not peer.problem]
             for asked in [[message_id] for message_id in awaited] if one_by_one else [awaited]:
                 found = _taken(self.grid.pull_messages(asked), waiting)
                 if found:
                     pause_s = timing.first_poll_s  # nodes that play together are done together
                 while found:
                     yield found.pop()
-            verdict = watch.look(self._silent(waiting))
+            verdict = watch.look(self._silent(waiting.by_id))
             for name, reason in verdict.lost.items():
-                self._given_up[name] = _forget(name, waiting)
+                self._given_up[name] = waiting.forget(name)
                 yield Missing(name, reason)
             if verdict.again:
-                waiting |= self.send(verdict.again)
-            if waiting:
+                waiting.add(self.send(verdict.again))
+            if waiting.by_id:
                 timing.sleep(pause_s)
                 pause_s = min(timing.poll_s, 1.2 * pause_s)
-        for name in dict.fromkeys(peer.name for peer in waiting.values()):
+        for name in dict.fromkeys(peer.name for peer in waiting.by_id.values()):
             yield Missing(name, f"no reply within {limit_s:.0f} s")
 
     def unanswered(self, name: str) -> Sequence[str]:
@@ -229,7 +229,29 @@ class Exchange:
         }
 
 
-def _taken(messages: Iterable[Message], waiting: dict[str, Addressee]) -> list[Arrived | Missing]:
+class _Waiting:
+    """Messages without an answer. A node may have been sent several."""
+
+    def __init__(self, sent: Mapping[str, Addressee]) -> None:
+        self.by_id: dict[str, Addressee] = {}
+        self._ids: dict[str, list[str]] = {}  # by the node's name
+        self.add(sent)
+
+    def add(self, sent: Mapping[str, Addressee]) -> None:
+        """Waits for answers to these messages, too."""
+        self.by_id |= sent
+        for message_id, peer in sent.items():
+            self._ids.setdefault(peer.name, []).append(message_id)
+
+    def forget(self, name: str) -> list[str]:
+        """Waits for a node no more; returns the ids of its messages."""
+        message_ids = self._ids.pop(name, [])
+        for message_id in message_ids:
+            del self.by_id[message_id]
+        return message_ids
+
+
+def _taken(messages: Iterable[Message], waiting: _Waiting) -> list[Arrived | Missing]:
     """Returns what has arrived as its nodes' answers, and takes these nodes off `waiting`.
 
     No answer is an account of a lost message, nor that of a failed ClientApp while another message is on its way to its node.
@@ -237,26 +259,18 @@ def _taken(messages: Iterable[Message], waiting: dict[str, Addressee]) -> list[A
     answers = []
     for message in messages:
         message_id = message.metadata.reply_to_message_id
-        peer = waiting.get(message_id)
+        peer = waiting.by_id.get(message_id)
         if peer is None:
             continue
         if message.has_error():
             problem = _problem(message)
-            others = [other for key, other in waiting.items() if other.name == peer.name and key != message_id]
+            others = [other for key, other in waiting.by_id.items() if other.name == peer.name and key != message_id]
             if message.error.code in _LOST or any(not other.problem for other in others):
-                waiting[message_id] = replace(peer, problem=problem)
+                waiting.by_id[message_id] = replace(peer, problem=problem)
                 continue
-        _forget(peer.name, waiting)
+        waiting.forget(peer.name)
         answers.append(answer_of(peer.name, message))
     return answers
-
-
-def _forget(name: str, waiting: dict[str, Addressee]) -> list[str]:
-    """Takes a node off `waiting`; returns the ids of its messages."""
-    message_ids = [message_id for message_id, peer in waiting.items() if peer.name == name]
-    for message_id in message_ids:
-        del waiting[message_id]
-    return message_ids
 
 
 def is_of_lost_message(message: Message) -> bool:

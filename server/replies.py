@@ -66,7 +66,7 @@ class Reply:
         return Reply(self.report.SerializeToString(), dropped_bytes=self._sizes())
 
     def _sizes(self) -> tuple[int, ...]:
-        return tuple(sum(array.nbytes for array in tensors.values()) for tensors in self.tensors)
+        return tuple(map(_size_bytes, self.tensors))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,10 @@ class Reported(Arrived):
     """A node's reply with its report, which is read once: a long timeline has thousands of words to look at."""
 
     report: pb.JobReport
+
+
+def _size_bytes(tensors: Adapter) -> int:
+    return tensors.numbers.nbytes if isinstance(tensors, Joined) else sum(array.nbytes for array in tensors.values())
 
 
 def read_reply(content: RecordDict) -> Reply:

@@ -15,6 +15,7 @@ from itertools import chain, repeat
 from typing import Any, TypeVar
 
 _Record = TypeVar("_Record")
+_PLAIN = (str, bool, int, float)
 _Reader = Callable[[Any], Any]  # takes None for a value that is missing
 
 
@@ -30,16 +31,22 @@ def _read_object(cls: Any, values: Mapping[str, Any]) -> Any:
 
 def as_json(value: Any) -> Any:
     """Returns a record as JSON holds it; also mappings and sequences of records."""
-    if value is None or isinstance(value, str | bool | int | float):
+    if value is None or isinstance(value, _PLAIN):
         return value
     if is_dataclass(value):
-        held = [(field, getattr(value, field.name)) for field in fields(value)]
-        return {field.name: as_json(item) for field, item in held if field.default is MISSING or item != field.default}
+        held = [(name, default, getattr(value, name)) for name, default in _defaults(value.__class__)]
+        return {name: as_json(item) for name, default, item in held if default is MISSING or item != default}
     if isinstance(value, Mapping):
         return {key: as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [as_json(item) for item in value]
     return value
+
+
+@cache
+def _defaults(cls: Any) -> list[tuple[str, Any]]:
+    """Returns the fields of a dataclass with their defaults."""
+    return [(field.name, field.default) for field in fields(cls)]
 
 
 @cache
