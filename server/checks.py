@@ -14,12 +14,12 @@ from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.generation import check_answers
 from edgelam_fl.model.limits import check_limits
 from edgelam_fl.model.source import BUILT_IN as MODELS
-from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.fronts import check_trust, with_auto_front
 from edgelam_fl.plan.layout import local_hosts, make_layout, who_may_host
 from edgelam_fl.plan.making import RoundFacts, check_warmup, make_plans
 from edgelam_fl.plan.modes import host_mode, label_place
-from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.plan.spec import RunSpec, model_of
 from edgelam_fl.tasks.kinds import check_task
 from edgelam_fl.telemetry.trackers import check_trackers
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -80,7 +80,7 @@ def check_config(
     if devices:
         check_devices(config, loaded, len(devices))
     check_place_of_model(config.model.name, bounds)
-    source = find_model(config.model.name, download=download)
+    source = model_of(config, download=download)
     check_head(config, source)
     check_limits(config, source)
     check_answers(config, source)

@@ -61,6 +61,11 @@ def check_private_modules(config: RunConfig, aggregation: Capabilities) -> None:
 
 
 def _check_no_radio(config: RunConfig) -> None:
+    if config.model.layers:
+        raise ConfigError(
+            f"model.layers = {config.model.layers} is for tasks of values, and task.kind = {config.task.kind!r} learns from texts, which takes "
+            f"all layers of a language model. Allowed: leave it out"
+        )
     if config.task.private_modules:
         raise ConfigError(
             f"task.private_modules = {list(config.task.private_modules)} is for tasks of values, and task.kind = {config.task.kind!r} learns "

@@ -114,11 +114,11 @@ def plan(
     else:
         from edgelam_fl.federation.operator import Operator
         from edgelam_fl.federation.server_probe import check_server_answers
-        from edgelam_fl.model.source import find_model
+        from edgelam_fl.plan.spec import model_of
 
         asking = Operator(server, operator)
         check_server_answers(asking, insecure)
-        plan = plan_on_server(messages, config, find_model(config.model.name), asking)
+        plan = plan_on_server(messages, config, model_of(config), asking)
     if as_json:
         say(json.dumps(plan.to_json(), indent=2))
     else:

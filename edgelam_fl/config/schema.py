@@ -62,6 +62,9 @@ def share_after(word: str, text: str, others: str) -> float:
 
 class ModelSection(Section):
     name: str = Field("smollm2-135m", min_length=1, description="built-in name, folder, .gguf file or hub name")
+    layers: int = Field(
+        0, ge=0, description="the model's first layers that are used, for tasks of values alone; 0: all of them"
+    )
     base: Literal["fp32", "bf16", "int8", "nf4", "auto"] = Field(
         "fp32",
         description="format of the frozen weights; int8: one scale per row; auto: the fastest that fits, measured on each node",

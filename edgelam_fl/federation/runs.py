@@ -31,10 +31,9 @@ from edgelam_fl.federation.server_probe import check_server_answers
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.federation.template import warm_template
 from edgelam_fl.files import now_in_a_name, write_atomically
-from edgelam_fl.model.source import find_model
 from edgelam_fl.plan.fronts import with_auto_front
 from edgelam_fl.plan.layout import local_hosts
-from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.plan.spec import RunSpec, model_of
 from edgelam_fl.tasks.named import local_data
 from edgelam_fl.telemetry.console import RunView
 from edgelam_fl.telemetry.events import EVENTS_FILE, Event, EventTail, RoundDone, RoundProgress, RunFailure
@@ -94,7 +93,7 @@ def _on_server(folder: Path, runs: Path, *, is_chosen: bool) -> Path:
 def run_on_server(console: Console, config: RunConfig, folder: Path, operator: Operator, insecure: bool) -> int:
     """Runs on the nodes that have joined the operator's server, and shows the run until it ends; returns the exit code."""
     check_server_answers(operator, insecure, _WAYS_OUT)
-    view, source = _view_of(console, config), find_model(config.model.name)
+    view, source = _view_of(console, config), model_of(config)
     for line in before_words(RunSpec(with_auto_front(config, source), source), (), ()):
         view.say(line)
     return follow(console, view, config, folder, operator)
@@ -176,7 +175,7 @@ def _looked_into(
     read, measured = ([local_data(file) for file in files] for files in (data, eval_data))
     check_files(config, read, measured)  # takes a moment, and finds most faults
     warm_template()  # it imports meanwhile
-    source = find_model(config.model.name)
+    source = model_of(config)
     spec = RunSpec(with_auto_front(config, source), source)
     seen = look_into_files(config, source, read, measured)
     check_steps(config, seen)

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +68,7 @@ class ModelSource:
     gguf: Path | None = None
     # Gets tensors whose files are not on this machine (model.served); None: the index says where they are.
     read: Callable[[Sequence[str], str, str], Iterator[tuple[str, Any]]] | None = None
+    first_layers: int = 0  # that are used of the model; 0: all of them
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -102,9 +103,22 @@ class ModelSource:
     def family(self) -> Family:
         return family_of(str(self.config.get("model_type")), self.name)
 
+    def first(self, layers: int) -> ModelSource:
+        """Returns the model with its first layers alone, and all that is outside the layers; 0: with all. Raises ModelError for too many."""
+        if layers in (0, self.num_layers):
+            return self
+        if layers > self.num_layers:
+            raise ModelError(
+                f"model.layers = {layers} is more than {self.name} has. Allowed: 0 to {self.num_layers}, 0 for all"
+            )
+        index = {name: entry for name, entry in self.index.items() if (layer_number(name) or 0) < layers}
+        return replace(self, index=index, first_layers=layers)
+
     @property
     def num_layers(self) -> int:
-        return int(self.config["num_hidden_layers" if "num_hidden_layers" in self.config else "n_layer"])
+        return self.first_layers or int(
+            self.config["num_hidden_layers" if "num_hidden_layers" in self.config else "n_layer"]
+        )
 
     @property
     def hidden_size(self) -> int:

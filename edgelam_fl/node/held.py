@@ -85,7 +85,7 @@ class Held:
         private fronts; None: in memory. `snapshots`: has moments of earlier rounds; None: there are none.
         """
         self.key = slice_key(plan)
-        self.source = find(plan)
+        self.source = find(plan).first(plan.model.num_layers)
         if self.source.digest != plan.model.digest:
             digests = f"it is {self.source.digest[:12]} and has to be {plan.model.digest[:12]}"
             raise Mismatch(
@@ -314,7 +314,7 @@ def slice_key(plan: pb.Plan) -> tuple[Any, ...]:
     model = plan.model
     copies = host_mode(plan.host_mode).has_copies
     return (
-        model.digest, model.base, model.compute, tuple(spans_of(plan)), lora_of(plan), plan.checkpointing, copies,
+        model.digest, model.num_layers, model.base, model.compute, tuple(spans_of(plan)), lora_of(plan), plan.checkpointing, copies,
         len(plan.task.classes), ends_of(plan), plan.cut.private_front, tuple(plan.task.private_modules),
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ from edgelam_fl.model.adapter import target_modules
 from edgelam_fl.model.base_names import FP32_BYTES, ITEM_BYTES
 from edgelam_fl.model.cut import CutAdapter
 from edgelam_fl.model.lora import LoraKind, OwnTerms, own_terms
-from edgelam_fl.model.source import ModelSource
+from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.value_ends import ValueEnds
 from edgelam_fl.tasks.kinds import values_of
 from edgelam_fl.wire.codec_bytes import CODEC_BYTES
@@ -90,6 +90,11 @@ class RunSpec:
             modules = target_modules(self.source, lora.targets, layers)
             own = own_terms(modules, lora.rank_pattern, lora.alpha_pattern)
         return LoraKind(layers, lora.use_rslora, lora.use_dora, lora.modules_to_save, own)
+
+
+def model_of(config: RunConfig, *, download: bool = True) -> ModelSource:
+    """Finds the model of a run, with the layers that the run uses. `download`, errors: as of `find_model`."""
+    return find_model(config.model.name, download=download).first(config.model.layers)
 
 
 def tensors_per_round(spec: RunSpec, trained: int, held_out: int) -> tuple[float, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from torch.nn import functional
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.model.adapter import PREFIX, Adapter, from_bytes, initial_adapter
-from edgelam_fl.model.source import ModelSource
+from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.value_ends import ValueEnds, is_of_module, is_of_values
 from edgelam_fl.plan.making import task_settings
 from edgelam_fl.plan.spec import RunSpec
@@ -27,6 +29,7 @@ from tests.fleet import (
     joined,
     memory_fleet,
     plain_adapter,
+    plain_base,
     plain_model,
     plain_optimizer,
     same_bits,
@@ -139,6 +142,25 @@ def test_one_device_trains_like_the_plain_loop(tiny: ModelSource, series_files: 
         "all of it learned"
     )
     assert reports["device-1"].eval_sums.keys() == {"nmse", "samples"}
+
+
+def test_the_first_layers_of_a_model_are_a_model_of_so_many(
+    tiny: ModelSource, series_files: list[Path], tmp_path: Path
+) -> None:
+    """As a folder that holds no other layer, over one host and unsplit."""
+    whole = plain_base(tiny.folder, None, "fp32")
+    shallow = copy.deepcopy(whole)
+    shallow.model.layers, shallow.config.num_hidden_layers = shallow.model.layers[:3], 3
+    shallow.save_pretrained(tmp_path)
+    shutil.copyfile(tiny.folder / "tokenizer.json", tmp_path / "tokenizer.json")
+    found = []
+    for source, more in (
+        (find_model(str(tmp_path)), ["split.hosts=0"]),
+        (tiny.first(3), ["model.layers=3"]),
+    ):
+        config = values_config(source, "split.front=1", "split.back=1", *more)
+        found.append(trained(source, config, series_files[:1], 2)[0])
+    assert same_bits(*found)
 
 
 @pytest.mark.parametrize("mode", ["joint", "sequential"])

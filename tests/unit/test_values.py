@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgelam_fl.errors import ConfigError
+from edgelam_fl.errors import ConfigError, ModelError
 from edgelam_fl.model.adapter import PREFIX, digest, initial_adapter, read_peft_folder
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.memory import weights_bytes
@@ -173,6 +173,8 @@ def test_settings_that_go_with_values(tiny: ModelSource, overrides: list[str]) -
         (["task.private_modules=['input']", "federation.load_best=true", "federation.early_stopping_patience=2"], "cannot be combined with federation.load_best"),
         (["task.private_modules=input", "strategy.aggregation=scaffold", "optimizer.name=sgd"], r"\['input'\] cannot be combined with strategy.aggregation = 'scaffold'"),
         (["task.kind=causal-lm", "task.private_modules=input"], "is for tasks of values, and task.kind = 'causal-lm' learns from texts"),
+        (["task.kind=causal-lm", "radio.history_slots=16", "radio.future_slots=4", "model.layers=2"], "model.layers = 2 is for tasks of values"),
+        (["model.layers=7"], "model.layers = 7 is more than .* has. Allowed: 0 to 6, 0 for all"),
         (["radio.series=129"], "radio.series = 129 must be at most task.max_tokens = 128"),
         (["task.classes=['a','b']"], "task.classes is for task.kind = 'classification', got 'toy-series'"),
         (["task.packing=true"], "task.packing = true is for task.kind = 'causal-lm', and 'toy-series' has one sample per row"),
@@ -181,7 +183,7 @@ def test_settings_that_go_with_values(tiny: ModelSource, overrides: list[str]) -
     ],
 )  # fmt: skip
 def test_settings_that_do_not_go_with_values(tiny: ModelSource, overrides: list[str], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises((ConfigError, ModelError), match=words):
         check_config(run_config(tiny.name, *SETTINGS, *overrides))
 
 
