@@ -123,6 +123,25 @@ def test_a_round_goes_on_after_nodes_ended(
         assert learned(resumed[name]) == learned(report), name
 
 
+@pytest.mark.parametrize("mode", ["joint", "sequential", "copies"])
+def test_a_round_that_is_done_at_all_nodes_is_not_trained_again(
+    mode: str, tiny: ModelSource, data_files: list[Path], tmp_path: Path
+) -> None:
+    """As if the server had died before it heard of it."""
+    config = run_config(tiny.name, *CUTS, f"split.host_mode={mode}", f"federation.snapshot_every={STEPS}")
+    with memory_fleet(tiny, config, data_files[:2], state=tmp_path) as fleet:
+        expected = second_round(tiny, config, fleet)
+        check_done(expected)
+        common = newest_common(report.snapshots for report in expected.values())
+        assert common == pb.StepSnapshot(attempt=1, steps=STEPS)
+        before = len(list(of_kind(fleet.events, StepDone)))
+        resumed = second_round(tiny, config, fleet, attempt=2, resumed=common)
+        check_done(resumed)
+        assert len(list(of_kind(fleet.events, StepDone))) == before
+    for name, report in expected.items():
+        assert learned(resumed[name]) == learned(report), name
+
+
 def test_a_host_is_replaced_from_what_the_hub_keeps(tiny: ModelSource, data_files: list[Path], tmp_path: Path) -> None:
     """A host is gone with its disk; the one in its place goes on from what the lost one left at the hub, over gRPC."""
     config = run_config(tiny.name, *CUTS)
