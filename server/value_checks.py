@@ -103,6 +103,9 @@ def _unfit(config: RunConfig) -> Iterator[_Unfit]:
         yield _Unfit(
             "split.trust", split.trust, "what hosts can read is measured on texts", "split.trust = 'hosts' or 'none'"
         )
+    if config.wire.gradients != "full":
+        why = "the input module needs the whole gradient"
+        yield _Unfit("wire.gradients", config.wire.gradients, why, "wire.gradients = 'full'")
     if size := config.wire.front_cache_mb:
         yield _Unfit(
             "wire.front_cache_mb", size, "what stands in the place of the embedding learns", "front_cache_mb = 0"

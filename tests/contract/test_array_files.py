@@ -127,3 +127,20 @@ def test_files_that_hold_no_arrays_are_refused(tmp_path: Path, name: str, conten
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=words):
         read_arrays(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_whatever_is_damaged_nothing_but_a_data_error_comes_out(tmp_path: Path, suffix: str) -> None:
+    whole, file, rng = tmp_path / f"whole.{suffix}", tmp_path / f"damaged.{suffix}", np.random.default_rng(1)
+    up = halves(channels(2))
+    np.savez_compressed(whole, up=up) if suffix == "npz" else save_file({"up": up}, whole)
+    content, refused = np.frombuffer(whole.read_bytes(), np.uint8), 0
+    for _ in range(150):
+        damaged = content.copy()
+        damaged[rng.integers(0, len(damaged), 3)] = rng.integers(0, 256, 3)
+        file.write_bytes(damaged[: rng.integers(1, len(damaged) + 1) if rng.random() < 0.2 else None].tobytes())
+        try:
+            device_samples(file, settings(bad_lines="skip"), ARRAYS)
+        except DataError:
+            refused += 1
+    assert refused > 20

@@ -165,6 +165,7 @@ def test_settings_that_go_with_values(tiny: ModelSource, overrides: list[str]) -
         (["split.fronts=auto:0.2"], "split.fronts = 'auto:0.2' .* is measured on texts"),
         (["split.trust=measured:0.2"], "split.trust = 'measured:0.2' .* is measured on texts"),
         (["wire.front_cache_mb=9", "lora.train=['hosts','back']"], "wire.front_cache_mb = 9 .* in the place of the embedding learns"),
+        (["wire.gradients=lowrank"], "wire.gradients = 'lowrank' .* needs the whole gradient"),
         (["privacy.cut_clip=2.0"], "privacy.cut_clip = 2.0 cannot be combined .* it defends tokens"),
         (["privacy.disguise=0.5"], "privacy.disguise = 0.5 cannot be combined"),
         (["privacy.private_front=true"], "privacy.private_front = True cannot be combined"),
