@@ -295,6 +295,8 @@ def give_up_lost_messages(links: Any) -> None:
         lost = unanswered.pop(node_id, None) if run_id is None else None  # a node asks for the messages of all runs
         if lost:
             forget(lost)
+            for message_id in lost:
+                links.object_store.delete(message_id)  # its content, unless the node has taken all of it
         found: list[Message] = take(node_id, limit, run_id=run_id)
         if found and run_id is None:
             unanswered[node_id] = {message.metadata.message_id for message in found}

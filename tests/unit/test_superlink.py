@@ -16,7 +16,7 @@ from flwr.server.superlink.linkstate import in_memory_linkstate, sql_linkstate
 from flwr.server.superlink.linkstate.utils import verify_message_ids
 from flwr.supercore import sql_mixin
 from flwr.supercore.error.http import http_error_translator
-from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.object_store import ObjectStore, ObjectStoreFactory
 from flwr.supercore.retry.http_retry import _RETRYABLE_STATUS_CODES
 from sqlalchemy.exc import OperationalError
 from starlette.applications import Starlette
@@ -149,6 +149,7 @@ class Messages:
 
     def __init__(self, **waiting: int) -> None:
         self.waiting, self.forgotten = waiting, list[str]()
+        self.object_store = Mock(spec=ObjectStore)
 
     def get_message_ins(self, node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Any]:
         name = next((name for name, node in self.waiting.items() if node == node_id), None)
@@ -177,6 +178,7 @@ def test_a_message_is_lost_once_its_node_asks_for_another_without_an_answer() ->
     assert links.forgotten == []
     links.get_message_ins(1, 1)
     assert links.forgotten == ["first"]
+    links.object_store.delete.assert_called_once_with("first")
     links.store_message_res(reply(1, "second"))
     links.get_message_ins(1, 1)
     links.get_message_ins(1, 1)
