@@ -139,12 +139,13 @@ def memory_fleet(
     dials: Mapping[str, Callable[[Dial], Dial]] = {},
     state: Path | None = None,
     chips: Mapping[str, torch.device] = {},
+    examples: Callable[[Path], DeviceExamples] = DeviceExamples,
 ) -> Iterator[Fleet]:
     """Makes one device per file and the edge servers that the run file wants; with host_on = "any" the devices are the hosts.
 
     `hooks`: of some of the nodes, by name. `dials`: how some of the nodes dial, by name, from how all others do. `state`: for a
     folder per node; None: nothing is kept over restarts. `chips`: what some of the nodes
-    compute on, by name, if not on the CPU.
+    compute on, by name, if not on the CPU. `examples`: makes what reads a device's file.
     """
     fleet = Fleet(source, config, {}, {})
     nodes: dict[str, StageHost] = {}
@@ -153,7 +154,7 @@ def memory_fleet(
 
     def begin(name: str, file: Path | None, address: str) -> None:
         nodes[name] = StageHost(
-            name, dials.get(name, _as_all)(dial), fleet.emit, examples=DeviceExamples(file) if file else None,
+            name, dials.get(name, _as_all)(dial), fleet.emit, examples=examples(file) if file else None,
             address=address, hooks=hooks.get(name, NodeHooks()), state=state / name if state else None,
             server="127.0.0.1" if state else "", chip=chips.get(name, CPU),
         )  # fmt: skip
