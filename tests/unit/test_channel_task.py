@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 import torch
 
+from edgelam_fl.config import parse_run_file
 from edgelam_fl.errors import DataError
+from edgelam_fl.federation import demo_channel
+from edgelam_fl.federation.demos import DEMOS
 from edgelam_fl.plan.making import task_settings
 from edgelam_fl.tasks.arrays import Sample
 from edgelam_fl.tasks.base import ValueExample
 from edgelam_fl.tasks.channel_prediction import ChannelPrediction
-from edgelam_fl.tasks.kinds import values_of
+from edgelam_fl.tasks.kinds import device_data, values_of
 from edgelam_fl.tasks.points import MODEL, points_of
 from edgelam_fl.wireless.channels.paths import Paths
+from server.checks import check_config
 from tests.support import run_config
 
 KIND = "channel-prediction"
@@ -116,3 +120,16 @@ def test_one_band_alone_is_enough_within_the_band() -> None:
     arrays = {name: array for name, array in samples()[0].arrays.items() if name != "down"}
     (example,) = task().examples([Sample(0, arrays, "one")]).examples
     assert np.isfinite(example.inputs).all()
+
+
+def test_the_demo_draws_links_that_its_run_file_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_channel, "LINKS", 8)
+    demo = DEMOS["channel"]
+    config = parse_run_file(demo.run_file, source="test", overrides=[])
+    check_config(config)
+    files, _ = demo.write_data(tmp_path / "data", 2)
+    read = [device_data(file, task_settings(config)) for file in files]
+    assert [(len(one.training), len(one.held_out)) for one in read] == [(6, 2)] * 2
+    own = ChannelPrediction(Path(), task_settings(config))
+    inputs = [own.examples(one.held_out).examples[0].inputs for one in read]
+    assert not np.array_equal(*(each[:, :32] for each in inputs)), "each station has links of its own"
