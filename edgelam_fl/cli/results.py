@@ -40,7 +40,8 @@ def report(
     from edgelam_fl.telemetry.report.incidents import failure
     from edgelam_fl.telemetry.report.page import write_report
     from edgelam_fl.telemetry.run_folder import find_run, kept, state_now
-    from edgelam_fl.telemetry.summary import build_summary, summary_table
+    from edgelam_fl.telemetry.summary import build_summary
+    from edgelam_fl.telemetry.summary_words import summary_table
     from edgelam_fl.telemetry.verdict import verdict
     from edgelam_fl.telemetry.waiting import waiting
 

@@ -39,7 +39,8 @@ from edgelam_fl.telemetry.console import RunView
 from edgelam_fl.telemetry.events import EVENTS_FILE, Event, EventTail, RoundDone, RoundProgress, RunFailure
 from edgelam_fl.telemetry.human import human_seconds
 from edgelam_fl.telemetry.run_folder import kept, way_on
-from edgelam_fl.telemetry.summary import Summary, build_summary, read_summary, summary_table
+from edgelam_fl.telemetry.summary import Summary, build_summary, read_summary
+from edgelam_fl.telemetry.summary_words import summary_table
 from edgelam_fl.telemetry.waiting import waiting
 
 _LOCAL = "local.json"  # in the folder of a run of this machine alone: its data

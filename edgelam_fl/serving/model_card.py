@@ -21,8 +21,8 @@ from edgelam_fl.telemetry.summary import (
     is_training_round,
     measured,
     pooled,
-    privacy_in_words,
 )
+from edgelam_fl.telemetry.summary_words import privacy_in_words
 
 _LIBRARIES = {"peft": "peft", "merged": "transformers", "gguf": "gguf"}
 _KINDS = {"peft": "A LoRA adapter for", "merged": "A fine-tuned copy of", "gguf": "A fine-tuned copy, as GGUF, of"}

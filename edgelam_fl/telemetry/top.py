@@ -41,7 +41,8 @@ from edgelam_fl.telemetry.human import (
 )
 from edgelam_fl.telemetry.records import as_json
 from edgelam_fl.telemetry.run_folder import FINAL, RunSource, state_of, waits_for
-from edgelam_fl.telemetry.summary import build_summary, counts_in_words, finished_rounds, setting
+from edgelam_fl.telemetry.summary import build_summary, finished_rounds, setting
+from edgelam_fl.telemetry.summary_words import counts_in_words
 
 _REFRESH_S = 1.0
 

@@ -8,13 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from edgelam_fl.telemetry.measures import MEASURES, human_measure, measure_of
-from edgelam_fl.telemetry.summary import (
-    ENDED,
-    Summary,
-    before_and_after,
-    best_in_words,
-    metrics_in_words,
-)
+from edgelam_fl.telemetry.summary import ENDED, Summary, before_and_after
+from edgelam_fl.telemetry.summary_words import best_in_words, metrics_in_words
 
 OVER = (*ENDED, "killed")
 """The states of a run that does not go on by itself."""

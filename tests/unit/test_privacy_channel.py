@@ -16,7 +16,8 @@ from edgelam_fl.errors import ConfigError
 from edgelam_fl.privacy.accounting import Releases, epsilon_of
 from edgelam_fl.privacy.channel import Channel, Exposure, most_scale, noise_of_renyi, sending
 from edgelam_fl.telemetry.events import read_events
-from edgelam_fl.telemetry.summary import build_summary, privacy_in_words
+from edgelam_fl.telemetry.summary import build_summary
+from edgelam_fl.telemetry.summary_words import privacy_in_words
 from server.checks import check_config
 from server.emulated_channel import EmulatedChannel, RoundOnAir
 from server.private_sums import PrivateSums

@@ -19,14 +19,8 @@ from edgelam_fl.telemetry.human import (
 )
 from edgelam_fl.telemetry.measures import human_measure
 from edgelam_fl.telemetry.records import as_json
-from edgelam_fl.telemetry.summary import (
-    Summary,
-    build_summary,
-    counts_in_words,
-    privacy_in_words,
-    read_summary,
-    summary_table,
-)
+from edgelam_fl.telemetry.summary import Summary, build_summary, read_summary
+from edgelam_fl.telemetry.summary_words import counts_in_words, privacy_in_words, summary_table
 from edgelam_fl.telemetry.verdict import verdict
 from tests.recorded import as_events, of_privacy
 

@@ -57,12 +57,11 @@ from edgelam_fl.telemetry.summary import (
     Summary,
     before_and_after,
     build_summary,
-    channel_in_words,
-    clipped_in_words,
     finished_rounds,
     read_summary,
     steps_of,
 )
+from edgelam_fl.telemetry.summary_words import channel_in_words, clipped_in_words
 from edgelam_fl.telemetry.timeline import Phase, read_phase
 from edgelam_fl.telemetry.verdict import OVER, before_after, verdict, with_spread
 
