@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgelam_fl.telemetry import summary
-from edgelam_fl.telemetry.events import Event, nodes, progress, rounds, run
+from edgelam_fl.telemetry.events import Event, nodes, plans, progress, rounds, run
 from edgelam_fl.telemetry.events.table import EVENTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "events.md"
@@ -44,7 +44,7 @@ WORDS = {str: "string", int: "integer", float: "number", bool: "boolean", Any: "
 def page() -> str:
     """Returns the page's text. Raises KeyError if a field has no docstring."""
     parts = [HEAD]
-    for module in (run, rounds, progress, nodes):
+    for module in (run, plans, rounds, progress, nodes):
         title, _, rest = inspect.cleandoc(module.__doc__ or "").partition(". ")
         kinds = {kind: cls for kind, cls in EVENTS.items() if cls.__module__ == module.__name__}
         parts += [

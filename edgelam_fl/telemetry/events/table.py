@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgelam_fl.telemetry.events import nodes, progress, rounds, run
+from edgelam_fl.telemetry.events import nodes, plans, progress, rounds, run
 from edgelam_fl.telemetry.events.base import Event, UnknownEvent
 
 EVENTS: dict[str, type[Event]] = {
@@ -12,11 +12,11 @@ EVENTS: dict[str, type[Event]] = {
     "node_refused": run.NodeRefused,
     "link_measured": run.LinkMeasured,
     "privacy_promised": run.PrivacyPromised,
-    "pieces": rounds.PiecesChosen,
-    "placement": rounds.PlacementMade,
-    "plan": rounds.PlanMade,
+    "pieces": plans.PiecesChosen,
+    "placement": plans.PlacementMade,
+    "plan": plans.PlanMade,
     "progress": progress.RoundProgress,
-    "text_readable": rounds.TextReadable,
+    "text_readable": plans.TextReadable,
     "node_lost": rounds.NodeLost,
     "node_silent": rounds.NodeSilent,
     "message_resent": rounds.MessageResent,
