@@ -19,14 +19,13 @@ from tests.parity.daemons import running
 from tests.parity.test_grpc_processes import (
     FROZEN_ENDS,
     SHORT,
-    STEPS,
     one_device_against_the_plain_loop,
     three_devices_against_the_plain_loop,
 )
 from tests.parity.test_small_buffers import stalling_links_train_to_the_same_bits, write_wide_llama
 from tests.support import run_config, write_data_files, write_tiny_llama
 
-STALLING_STEPS = 200
+STEPS, STALLING_STEPS = 20, 200
 BAR = "equal to the bit"
 
 

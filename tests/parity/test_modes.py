@@ -29,7 +29,7 @@ from tests.fleet import check_done, device_batches, memory_fleet, relative_dista
 from tests.parity.reference import Reference
 from tests.support import run_config
 
-STEPS = 12
+STEPS = 10  # each device begins its data for the second time
 Reports = dict[str, pb.JobReport]
 
 
