@@ -9,9 +9,10 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from edgelam_fl.addresses import free_port
 from edgelam_fl.bounds import Bounds
@@ -39,6 +40,7 @@ from edgelam_fl.trust.server import ServerTrust, prepare_trust, trust_folder
 _POLL_S = 0.25
 _IDENTITY = "identity"
 _RESULT_LAG_S = 30.0
+Begun = TypeVar("Begun")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +105,18 @@ def local_federation(
     `look_into_files`.
     """
     warm_template()  # it imports while everything else is prepared
+    with recorded_end(folder, _federation(config, data, folder, say, names, eval_data)) as here:
+        yield here
+
+
+@contextmanager
+def recorded_end(folder: Path, federation: AbstractContextManager[Begun]) -> Iterator[Begun]:
+    """Holds a run's folder while `federation` is here; the run's events say at the end how it ended, as `local_federation` has it."""
     is_new = not folder.is_dir() or not any(folder.iterdir())
     reason, exit_code = "it was stopped at its command", INTERRUPTED
     with _held(folder):
         try:
-            with _federation(config, data, folder, say, names, eval_data) as here:
+            with federation as here:
                 yield here
         except Exception as error:
             if is_new and isinstance(error, UsageError) and not (folder / EVENTS_FILE).exists():

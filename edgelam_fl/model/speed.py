@@ -24,17 +24,40 @@ from edgelam_fl.model.chip import CPU, chip_name, finish
 from edgelam_fl.model.quantized import QUANTIZED
 from edgelam_fl.model.source import ModelSource
 
+Shapes = list[tuple[int, int]]
+
 _BUDGET_S = 0.25  # per pair; a layer that takes longer still runs as often as _RUNS says
 _RUNS = (3, 50)
 _LONG_RUN = 8  # multiple of the budget: a longer run is not repeated
 
 
-def measure_bases(source: ModelSource, chip: torch.device = CPU) -> dict[str, float]:
+def layers_s(shapes: Shapes, base: str, dtype: torch.dtype, chip: torch.device) -> float:
+    """Returns the mean seconds of a few runs over matrices of these (out, in) sizes, forward and backward."""
+    generator = torch.Generator().manual_seed(1)
+    pairs = []
+    for out_features, in_features in shapes:
+        weight_OI = torch.randn(out_features, in_features, generator=generator)
+        if base in QUANTIZED:
+            layer: nn.Module = QUANTIZED[base].from_weight(weight_OI)
+        else:
+            layer = nn.Linear(in_features, out_features, bias=False, device="meta")
+            layer.weight = nn.Parameter(weight_OI.to(dtype), requires_grad=False)
+        x = torch.randn(PROFILED_TOKENS, in_features, generator=generator).to(chip, dtype)
+        pairs.append((layer.to(chip), x.requires_grad_()))
+    return mean_s(lambda: _run(pairs, chip), _BUDGET_S)
+
+
+def measure_bases(
+    source: ModelSource,
+    chip: torch.device = CPU,
+    measure: Callable[[Shapes, str, torch.dtype, torch.device], float] = layers_s,
+) -> dict[str, float]:
     """Measures the seconds of one layer's matrices over 128 tokens, forward and backward, per "base/compute" ("int8/bf16").
 
-    Takes about 2 s once per model, torch, number of threads, machine and chip; then the cache has the result.
+    Takes about 2 s once per model, torch, number of threads, machine and chip; then the cache has the result. measure: returns
+    the seconds of matrices of these sizes, for a base, a type to compute in and a chip.
     """
-    measured: dict[str, float] = measure_once(source, "", chip, lambda: _measured(source, chip))
+    measured: dict[str, float] = measure_once(source, "", chip, lambda: _measured(source, chip, measure))
     return measured
 
 
@@ -74,36 +97,20 @@ def mean_s(run: Callable[[], float], budget_s: float) -> float:
     return statistics.fmean(taken)
 
 
-def _measured(source: ModelSource, chip: torch.device) -> dict[str, float]:
+def _measured(source: ModelSource, chip: torch.device, measure: Callable[..., float]) -> dict[str, float]:
     shapes = _layer_shapes(source)
     return {
-        f"{base}/{SHORT[compute]}": _seconds(shapes, base, DTYPE[compute], chip)
+        f"{base}/{SHORT[compute]}": measure(shapes, base, DTYPE[compute], chip)
         for base in usable_bases(chip)
         for compute in COMPUTES[base]
     }
 
 
-def _layer_shapes(source: ModelSource) -> list[tuple[int, int]]:
+def _layer_shapes(source: ModelSource) -> Shapes:
     shapes = source.used_matrices(0)
     if not shapes:
         raise ModelError(f"model {source.name} has no matrices in its layer 0, so its speed cannot be measured")
     return shapes
-
-
-def _seconds(shapes: list[tuple[int, int]], base: str, dtype: torch.dtype, chip: torch.device) -> float:
-    """Returns the mean seconds of a few runs over all matrices."""
-    generator = torch.Generator().manual_seed(1)
-    pairs = []
-    for out_features, in_features in shapes:
-        weight_OI = torch.randn(out_features, in_features, generator=generator)
-        if base in QUANTIZED:
-            layer: nn.Module = QUANTIZED[base].from_weight(weight_OI)
-        else:
-            layer = nn.Linear(in_features, out_features, bias=False, device="meta")
-            layer.weight = nn.Parameter(weight_OI.to(dtype), requires_grad=False)
-        x = torch.randn(PROFILED_TOKENS, in_features, generator=generator).to(chip, dtype)
-        pairs.append((layer.to(chip), x.requires_grad_()))
-    return mean_s(lambda: _run(pairs, chip), _BUDGET_S)
 
 
 def _run(pairs: list[tuple[nn.Module, torch.Tensor]], chip: torch.device) -> float:

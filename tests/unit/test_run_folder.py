@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import INTERRUPTED, ConfigError, EdgelamError, EnvironmentProblem
-from edgelam_fl.federation import local
+from edgelam_fl.federation.local import recorded_end
 from edgelam_fl.files import Hold
 from edgelam_fl.telemetry.events import RunFailure, read_events
 from edgelam_fl.telemetry.report.incidents import failure
@@ -167,28 +166,24 @@ def that_ends_with(error: BaseException | None, begun: bool) -> Iterator[None]:
 )
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_run_of_this_machine_says_how_it_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException | None, state: str, begun: bool
+    tmp_path: Path, error: BaseException | None, state: str, begun: bool
 ) -> None:
-    monkeypatch.setattr(local, "_federation", lambda *_: that_ends_with(error, begun))
-    monkeypatch.setattr(local, "warm_template", lambda: None)
     folder = tmp_path / "mine"
     with suppress(KeyboardInterrupt, EnvironmentProblem):
-        with local.local_federation(RunConfig(), [], folder):
+        with recorded_end(folder, that_ends_with(error, begun)):
             with (
                 pytest.raises(ConfigError, match="is alive; `edgelam top"),
-                local.local_federation(RunConfig(), [], folder),
+                recorded_end(folder, that_ends_with(error, begun)),
             ):
                 pytest.fail("two commands play the same run")
     assert run_line(folder).state == state
 
 
-def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
     wrong: EdgelamError = ConfigError("nothing can be learned from it")
-    monkeypatch.setattr(local, "_federation", lambda *_: that_ends_with(wrong, begun=False))
-    monkeypatch.setattr(local, "warm_template", lambda: None)
-    with pytest.raises(ConfigError), local.local_federation(RunConfig(), [], tmp_path / "mine"):
+    with pytest.raises(ConfigError), recorded_end(tmp_path / "mine", that_ends_with(wrong, begun=False)):
         pytest.fail("it begins")
     assert not (tmp_path / "mine").exists()
-    with pytest.raises(ConfigError), local.local_federation(RunConfig(), [], write(tmp_path / "old", BEGAN)):
+    with pytest.raises(ConfigError), recorded_end(write(tmp_path / "old", BEGAN), that_ends_with(wrong, begun=False)):
         pytest.fail("it begins")
     assert (tmp_path / "old" / "events.jsonl").exists(), "that of a run that goes on stays"

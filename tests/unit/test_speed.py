@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,38 +22,37 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_every_pair_is_measured_once_for_a_model(
-    tiny: ModelSource, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_pair_is_measured_once_for_a_model(tiny: ModelSource, cache: Path, tmp_path: Path) -> None:
     first = speed.measure_bases(tiny)
     assert list(first) == PAIRS
     assert all(0 < seconds < 10 for seconds in first.values())
     assert len(list(cache.glob("speed/*.json"))) == 1
 
     runs: list[str] = []
-    really = speed._seconds
-    monkeypatch.setattr(
-        speed, "_seconds", lambda shapes, base, dtype, chip: runs.append(base) or really(shapes, base, dtype, chip)
-    )
-    assert speed.measure_bases(tiny) == first
+
+    def measure(shapes: speed.Shapes, base: str, dtype: torch.dtype, chip: torch.device) -> float:
+        runs.append(base)
+        return 1.0
+
+    assert speed.measure_bases(tiny, measure=measure) == first
     assert runs == []
     other = find_model(str(write_tiny_llama(tmp_path / "other", layers=2, seed=5)))
-    speed.measure_bases(other)
+    speed.measure_bases(other, measure=measure)
     assert runs == ["fp32", "bf16", "int8", "int8", "nf4", "nf4"]
 
 
 def test_other_threads_and_other_bases_are_measured_anew(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "_seconds", lambda *_: float(torch.get_num_threads()))
+    measured = partial(speed.measure_bases, tiny, measure=lambda *_: float(torch.get_num_threads()))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        assert set(speed.measure_bases(tiny).values()) == {1.0}
+        assert set(measured().values()) == {1.0}
         torch.set_num_threads(2)
-        assert set(speed.measure_bases(tiny).values()) == {2.0}
+        assert set(measured().values()) == {2.0}
     finally:
         torch.set_num_threads(threads)
     monkeypatch.setattr(speed, "usable_bases", lambda chip: bases.BASES[:3])
-    assert list(speed.measure_bases(tiny)) == PAIRS[:4]
+    assert list(measured()) == PAIRS[:4]
 
 
 def test_a_half_written_note_is_measured_anew(tiny: ModelSource, cache: Path) -> None:
@@ -62,18 +62,21 @@ def test_a_half_written_note_is_measured_anew(tiny: ModelSource, cache: Path) ->
     assert list(speed.measure_bases(tiny)) == list(first)
 
 
-def test_the_layers_own_sizes_decide(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes: list[list[tuple[int, int]]] = []
-    monkeypatch.setattr(speed, "_seconds", lambda own, *_: shapes.append(own) or 1.0)
-    speed.measure_bases(tiny)
+def test_the_layers_own_sizes_decide(tiny: ModelSource) -> None:
+    shapes: list[speed.Shapes] = []
+
+    def measure(own: speed.Shapes, *_: object) -> float:
+        shapes.append(own)
+        return 1.0
+
+    speed.measure_bases(tiny, measure=measure)
     # queries and output, keys and values of 2 of 4 heads, and the three of the feed-forward part
     assert sorted(shapes[0]) == sorted([(64, 64)] * 2 + [(32, 64)] * 2 + [(128, 64)] * 2 + [(64, 128)])
 
 
 def test_a_larger_layer_takes_longer() -> None:
-    assert speed._seconds([(1024, 1024)], "fp32", torch.float32, CPU) > speed._seconds(
-        [(16, 16)], "fp32", torch.float32, CPU
-    )
+    large_s, small_s = (speed.layers_s([(size, size)], "fp32", torch.float32, CPU) for size in (1024, 16))
+    assert large_s > small_s
 
 
 def test_a_model_without_matrices_in_its_layers(tiny: ModelSource) -> None:
