@@ -10,7 +10,7 @@ from pathlib import Path
 from edgelam_fl.bench import wordnet
 from edgelam_fl.bench.matrix import Bench, Cell, attackers
 from edgelam_fl.errors import ConfigError
-from edgelam_fl.simulation.fabric import SimulatedNode, write_federation
+from edgelam_fl.simulation.nodes_file import SimulatedNode, write_federation
 from edgelam_fl.tasks.files import read_records
 from edgelam_fl.tasks.named import local_data
 from edgelam_fl.tasks.partition import deal

@@ -7,7 +7,6 @@ Flower: a ClientApp calls a node by its federation and number, as it would call 
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from edgelam_fl.errors import DataError
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.activation_cache import Activations
 from edgelam_fl.model.adapter import Span
@@ -32,6 +30,7 @@ from edgelam_fl.node.play import NodeHooks
 from edgelam_fl.node.service import StageHost
 from edgelam_fl.simulation.attacks import ATTACKS
 from edgelam_fl.simulation.frozen import OnFrozen, frozen_layers, whole_model
+from edgelam_fl.simulation.nodes_file import SimulatedNode, read_federation
 from edgelam_fl.split.route import memory_dial
 from edgelam_fl.tasks.base import Made, Task
 from edgelam_fl.tasks.data import DevicePairs, Pair, pairs_by
@@ -41,34 +40,6 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import FABRIC_SEPARATOR, Handlers
 
 _FEDERATIONS_KEPT = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class SimulatedNode:
-    """A node as a federation's file has it. Paths are relative to that file."""
-
-    name: str
-    data: str = ""  # file of a device's examples; empty: an edge server
-    held_out: str = ""  # file of the examples to measure on; empty: a share of its data (data.held_out)
-    attack: str = ""  # key of edgelam_fl.simulation.attacks.ATTACKS, for each update that it sends; empty: none
-
-
-def write_federation(folder: Path, nodes: Iterable[SimulatedNode]) -> None:
-    """Writes the nodes into a federation's file, in the order of their numbers; makes the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"nodes": [vars(node) for node in nodes]}, indent=1)
-    (folder / "federation.json").write_text(text + "\n", encoding="utf-8")
-
-
-def read_federation(folder: Path) -> list[SimulatedNode]:
-    """Reads the nodes that `write_federation` wrote. Raises DataError if the file describes none."""
-    try:
-        entries = json.loads((folder / "federation.json").read_text(encoding="utf-8"))["nodes"]
-        return [SimulatedNode(**entry) for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(
-            f"{folder / 'federation.json'} does not describe a federation: {error}", "unreadable"
-        ) from error
 
 
 @dataclass

@@ -18,7 +18,8 @@ from edgelam_fl import open_result, read_run_file
 from edgelam_fl.bounds import Bounds
 from edgelam_fl.config import RunConfig, to_toml
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.simulation.fabric import Fabric, SimulatedNode, write_federation
+from edgelam_fl.simulation.fabric import Fabric
+from edgelam_fl.simulation.nodes_file import SimulatedNode, write_federation
 from edgelam_fl.wire.control import FABRIC_SEPARATOR, ControlServer
 from server.app import app as server_app
 from tests.support import WAIT_S

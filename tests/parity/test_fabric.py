@@ -11,7 +11,8 @@ from edgelam_fl.model.adapter import Adapter, initial_adapter, slice_of
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.making import RoundFacts
 from edgelam_fl.plan.reading import spans_of
-from edgelam_fl.simulation.fabric import Fabric, SimulatedNode, write_federation
+from edgelam_fl.simulation.fabric import Fabric
+from edgelam_fl.simulation.nodes_file import SimulatedNode, write_federation
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import FABRIC_SEPARATOR
 from tests.fleet import Fleet, check_done, joined, memory_fleet, same_bits

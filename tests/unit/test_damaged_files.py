@@ -12,7 +12,7 @@ from edgelam_fl.config import read_run_file
 from edgelam_fl.errors import UsageError
 from edgelam_fl.federation.plan_view import read_profiles
 from edgelam_fl.model.adapter import read_peft_folder
-from edgelam_fl.simulation.fabric import read_federation
+from edgelam_fl.simulation.nodes_file import read_federation
 from edgelam_fl.telemetry.events import EventTail, read_events
 from edgelam_fl.telemetry.summary import read_summary
 from testbed.shapes import read_testbed

@@ -21,7 +21,7 @@ from edgelam_fl.bench.tuning import held_back, tries, tuned
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
 from edgelam_fl.simulation.attacks import noise, sign_flip
-from edgelam_fl.simulation.fabric import read_federation
+from edgelam_fl.simulation.nodes_file import read_federation
 from edgelam_fl.tasks.partition import deal
 from edgelam_fl.telemetry.events import Event, NodeLost
 from tests.recorded import as_events
