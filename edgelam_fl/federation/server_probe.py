@@ -66,7 +66,11 @@ def check_server_answers(operator: Operator, insecure: bool, way_out: str = "") 
     problem = problem_at(server, tls=tls)
     if problem is not None:
         way_out = way_out or f"; start one there with `edgelam server --listen {server}`, or give another --server"
-        raise EnvironmentProblem(f"{problem.words}{way_out if problem.is_nobody else ''}")
+        if not problem.is_nobody:
+            way_out = (
+                "" if operator.folder.is_dir() else f" ({operator.folder}, the operator's folder here, does not exist)"
+            )
+        raise EnvironmentProblem(problem.words + way_out)
 
 
 def is_healthy(host: str, port: int, *, tls: bool, timeout_s: float = 5.0) -> bool:

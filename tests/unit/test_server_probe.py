@@ -95,6 +95,10 @@ def test_tls_and_plain_text_are_told_apart(tmp_path: Path) -> None:
         assert words(port, tls=True) == ""
         assert "speaks TLS and lets members alone in: `edgelam invite NAME`" in words(port)
         assert f"the server itself is at 127.0.0.1:{port}" in words(port + 1)
+        with pytest.raises(
+            EnvironmentProblem, match=r"needs --operator \(none, the operator's folder here, does not exist\)$"
+        ):
+            check_server_answers(Operator(f"127.0.0.1:{port}", Path("none")), insecure=False)
     with serving(Healthy) as port:
         assert "speaks plain text (--insecure), and this command TLS" in words(port, tls=True)
 
