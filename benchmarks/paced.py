@@ -1,9 +1,10 @@
 """Trains three devices over one host behind links of 5, 20 and 100 Mbit/s and 20 ms, and without limits: ours against a serial loop.
 
-The demo's data, batches and model; every process has one thread. The links are proxies (`benchmarks.compared.shaped`), one per device,
-for both alike; the product also knows the rate and keeps to it, as a run file's wire.capacity has it do. Steps are made in turns. A
-step is compared with the planner's cost model, whose speeds were learned without limits; as all processes share this machine, with
-the work of all over its cores if that takes longer. It takes six minutes, and measures time. Draws results/paced.svg.
+The demo's data, batches and model; every process has one thread. The product cuts batches as the planner chooses for the links. These are
+proxies (`benchmarks.compared.shaped`), one per device, for both alike; the product also knows the rate and keeps to it, as a run file's
+wire.capacity has it do. Steps are made in turns. A step is compared with the planner's cost model, whose speeds were learned without
+limits; as all processes share this machine, with the work of all over its cores if that takes longer. It takes seven minutes, and
+measures time. Draws results/paced.svg.
 --smoke: one step of a tiny random model at one rate, no bars, no files.
 """
 
@@ -19,15 +20,16 @@ from typing import Any
 from benchmarks.common import RESULTS, Figure, main
 from benchmarks.compared.bars import bars
 from benchmarks.compared.load import Load
-from benchmarks.compared.planner import Predictions, on_this_machine
+from benchmarks.compared.planner import Predictions, cut_by_planner, on_this_machine, with_layer_times
 from benchmarks.compared.product import Product, product
 from benchmarks.compared.serial import serial_device, serial_server
 from benchmarks.compared.shaped import UNSHAPED, Shape, shaped
 from benchmarks.compared.workers import Step, Worker, Workers
+from edgelam_fl.config import Pieces
 from edgelam_fl.tasks.docstrings import write_device_files
 from tests.support import write_data_files, write_tiny_llama
 
-DEVICES, TURNS, ROUND_TRIP_S = 3, 5, 0.02
+DEVICES, TURNS, ROUND_TRIP_S, LEARNED_STEPS = 3, 5, 0.02, 4
 SHAPES = {"no limit": UNSHAPED, **{f"{rate} Mbit/s": Shape(rate, ROUND_TRIP_S) for rate in (100, 20, 5)}}
 FASTER = {"100 Mbit/s": 1.8, "20 Mbit/s": 2.2}  # bars: than the serial loop
 OFF = {"20 Mbit/s": 0.1}  # bar: of the formula
@@ -47,13 +49,19 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
         )  # fmt: skip
         load = Load(model, settings, tuple(files))
         shapes = {"100 Mbit/s": SHAPES["100 Mbit/s"]} if smoke else SHAPES
-        with product(load, folder / "paced") as ours:
-            predictions = _predictions(load, ours)
+        with product(load, folder / "paced") as started:
+            profiles, learned = with_layer_times(load.source, started.profiles()), dict[Pieces, Predictions]()
             for words, shape in shapes.items():
-                mine, serial = _steps(load, ours, shape, 1 if smoke else TURNS)
+                cut = cut_by_planner(load, profiles, shape)
+                ours, pieces = started.cut_as(cut), cut.config.pieces
+                if pieces not in learned:
+                    learned[pieces] = _predictions(cut, ours)
+                predictions = learned[pieces]
+                mine, serial = _steps(cut, ours, shape, 1 if smoke else TURNS)
                 plotted |= {f"{words}: ours": _speeds(mine), f"{words}: serial loop": _speeds(serial)}
                 work_s = median(step.cpu_s for step in mine)
                 formula_s = on_this_machine(predictions.cost(len(files), shape).step_s, work_s)
+                figures.append(Figure(f"{words}: pieces of a batch, as planned", pieces.micro_batches, ""))
                 figures += _figures(words, mine, serial, formula_s, bars_hold=not smoke)
     if not smoke:
         plot = bars(
@@ -65,8 +73,8 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
 
 def _predictions(load: Load, ours: Product) -> Predictions:
     alone = ours.of_devices(1)
-    for number in range(2):  # the first step brings weights and memory
-        alone.step(number)
+    alone.step(0)  # brings weights and memory
+    alone.step(1, LEARNED_STEPS)  # the first units of a round take longer
     return Predictions(load, ours.profiles(), alone.plans(), alone.reports)
 
 

@@ -6,11 +6,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
+
 from benchmarks.compared.load import Load
 from benchmarks.compared.shaped import UNSHAPED, Shape
+from edgelam_fl.model.layer_speed import measure_layers
+from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.facts import ChainCost
 from edgelam_fl.plan.footprint import Footprints
 from edgelam_fl.plan.instance import InstanceMaker
+from edgelam_fl.plan.pieces import choose_pieces
 from edgelam_fl.plan.search import cost_of
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.plan.speeds import before_rounds, learned
@@ -47,6 +52,29 @@ class Predictions:
         found = cost_of(maker.of_site(profiles, [host]), ((HOST, 0),))
         assert found is not None, "one host holds all layers"
         return found
+
+
+def with_layer_times(source: ModelSource, profiles: Mapping[str, pb.Profile]) -> dict[str, pb.Profile]:
+    """Returns profiles with the time of a layer on one thread of this machine, as a node measures it if a planner asks."""
+    torch.set_num_threads(1)
+    times = measure_layers(source)
+    found = {}
+    for name, profile in profiles.items():
+        found[name] = pb.Profile()
+        found[name].CopyFrom(profile)
+        for tokens, seconds in times.items():
+            found[name].layer_times.add(tokens=tokens, seconds=seconds)
+    return found
+
+
+def cut_by_planner(load: Load, profiles: Mapping[str, pb.Profile], shape: Shape) -> Load:
+    """Returns the load with batches cut as the planner chooses for devices behind links of the shape, and a host without limits."""
+    spec = RunSpec(load.with_settings("split.micro_batches=auto", "split.window=auto").config, load.source)
+    nodes = [
+        _behind(profile, Shape(0, shape.round_trip_s) if name == HOST else shape) for name, profile in profiles.items()
+    ]
+    pieces = choose_pieces(spec, nodes).pieces
+    return load.with_settings(f"split.micro_batches={pieces.micro_batches}", f"split.window={pieces.window}")
 
 
 def on_this_machine(predicted_s: float, cpu_s: float) -> float:

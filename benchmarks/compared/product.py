@@ -29,10 +29,11 @@ class Product:
         self.reports: dict[str, pb.JobReport] = {}
         """Of the newest step, by node."""
 
-    def step(self, number: int) -> Step:
+    def step(self, number: int, steps: int = 1) -> Step:
+        """Makes a round, usually of one step; all numbers are of the whole round."""
         pids = [daemon.child.pid for daemon in self._daemons.values()]
         before = sum(map(cpu_seconds, pids))
-        self.reports = self._fleet.run(self._start, 1, step_offset=number)
+        self.reports = self._fleet.run(self._start, steps, step_offset=number)
         check_done(self.reports)
         cpu_s = sum(map(cpu_seconds, pids)) - before
         devices = [self.reports[name] for name in self._fleet.devices]
@@ -48,6 +49,12 @@ class Product:
         few = {name: fleet.devices[name] for name in list(fleet.devices)[:count]}
         daemons = {name: one for name, one in self._daemons.items() if name in few or name in fleet.hosts}
         return Product(replace(fleet, devices=few, name=f"{fleet.name}-{count}", events=[]), daemons, self._load)
+
+    def cut_as(self, load: Load) -> Product:
+        """Returns the same processes, which cut batches as this load says."""
+        pieces = load.config.pieces
+        name = f"{self._fleet.name}-{pieces.micro_batches}-{pieces.window}"
+        return Product(replace(self._fleet, config=load.config, name=name, events=[]), self._daemons, load)
 
     def behind(self, addresses: Sequence[str], shape: Shape) -> Product:
         """Returns the same processes, whose devices reach the host at these addresses, and keep to the rate of their links."""
