@@ -39,6 +39,7 @@ from edgelam_fl.files import cache_folder
 from edgelam_fl.model.adapter import Adapter, Span, from_bytes
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import LoraSettings, load_stages
+from edgelam_fl.model.value_ends import ValueEnds
 from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.plan.making import task_settings
 from edgelam_fl.plan.spec import RunSpec
@@ -315,7 +316,7 @@ def by_plain_loop(
     config = parse_run_file(RUN_FILE, source="the benchmark's run file", overrides=list(settings))
     torch.manual_seed(config.run.seed)
     task, ends = make_task(task_settings(config), source.folder), RunSpec(config, source).values
-    assert ends is not None
+    assert isinstance(ends, ValueEnds)
     makers: dict[str, Callable[[int], nn.Module]] = {
         "small network": lambda width: SeriesNetwork(ends.features, ends.outputs, width),
         "GRU": lambda width: Recurrent(ends.features, ends.outputs, width),

@@ -32,6 +32,7 @@ from server.model_checks import (
     check_ranks,
     check_something_learns,
 )
+from server.network_checks import check_network
 from server.private_checks import check_privacy
 from server.private_terms import check_devices as check_private_devices
 from server.value_checks import check_private_modules, check_values
@@ -57,6 +58,7 @@ def check_config(
     strategy = config.strategy
     names = {kind: getattr(strategy, kind) for kind in BUILT_IN}
     loaded = load_all(names, strategy.options, bounds, elsewhere=elsewhere)
+    check_network(config, loaded["aggregation"].capabilities if "aggregation" in loaded else Capabilities())
     check_together(config)
     check_values(config)
     check_optimizer(config)

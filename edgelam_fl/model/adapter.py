@@ -32,7 +32,7 @@ from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.lora import MAGNITUDE, PLAIN, A, B, LoraKind
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.tensor_file import write_tensors
-from edgelam_fl.model.value_ends import ValueEnds, is_of_input, is_of_values
+from edgelam_fl.model.value_ends import ValueModel, is_of_input, is_of_values
 
 Adapter = dict[str, np.ndarray]
 JoinedLayout = tuple[tuple[str, tuple[int, ...]], ...]
@@ -189,6 +189,8 @@ def _check_layers(source: ModelSource, modules: Iterable[str], layers: Collectio
 
 def _matched(source: ModelSource, targets: list[str]) -> dict[str, tuple[int, int]]:
     modules = _adaptable(source)
+    if source.is_network:
+        return modules
     if source.family.experts is not None:
         _refuse_experts(source, source.family.experts, targets, modules)
     if targets == ["all-linear"]:
@@ -322,7 +324,7 @@ def initial_adapter(
     seed: int,
     *,
     classes: int = 0,
-    values: ValueEnds | None = None,
+    values: ValueModel | None = None,
     kind: LoraKind = PLAIN,
 ) -> Adapter:
     """Draws an adapter as peft does: A uniform in +-1/sqrt(in), B zero. Seeded by (seed, module), so that slices agree.
@@ -372,7 +374,7 @@ def write_peft_folder(
     alpha: float,
     targets: Iterable[str],
     classes: Sequence[str] = (),
-    values: ValueEnds | None = None,
+    values: ValueModel | None = None,
     kind: LoraKind = PLAIN,
     trained_on: Mapping[str, str] | None = None,
 ) -> None:

@@ -68,6 +68,9 @@ FAMILIES = {
     ),
 }
 
+NO_LAYERS = "edgelam-network"  # model_type of networks of our own
+_NETWORK = Family(body="", layers="", embed="", norm=None)
+
 # The keys of config.json that hold a model's own dropout: of attention's weights, elsewhere, and the value if a key is missing.
 _DROPOUT: dict[str, tuple[str, tuple[str, ...], float]] = {
     "gpt2": ("attn_pdrop", ("embd_pdrop", "resid_pdrop"), 0.1),
@@ -86,6 +89,8 @@ _WAY_OUT = {  # of an architecture that cannot be cut although a part of it can
 
 def family_of(model_type: str, name: str) -> Family:
     """Returns the row of an architecture. Raises ModelError for an unknown one; `name` is the model's, for the message."""
+    if model_type == NO_LAYERS:
+        return _NETWORK
     if model_type not in FAMILIES:
         way_out = f"; {_WAY_OUT[model_type]}" if model_type in _WAY_OUT else ""
         raise ModelError(

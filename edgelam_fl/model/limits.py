@@ -61,8 +61,10 @@ def positions_of(source: ModelSource) -> Positions | None:
 def check_limits(config: RunConfig, source: ModelSource) -> None:
     """Raises ModelError if texts of a run, or tokens of the tokenizer, go beyond what the model has numbers for.
 
-    `check_tokens` is a part of it that needs no run file.
+    `check_tokens` is a part of it that needs no run file. A network of our own has neither.
     """
+    if source.is_network:
+        return
     asked, positions = config.task.max_tokens, positions_of(source)
     if positions is not None and asked > positions.most:
         way_out = f"; or {positions.way_out}" if positions.way_out else ""

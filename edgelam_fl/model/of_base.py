@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping
 from edgelam_fl.model.adapter import Adapter, Span, base_shapes
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, load_stages
-from edgelam_fl.model.value_ends import ValueEnds
+from edgelam_fl.model.value_ends import ValueModel
 
 _AT_ONCE_BYTES = 128 << 20  # of weights in fp32 that are loaded at a time; a single layer may be larger
 
 
 def read_of_base(
-    source: ModelSource, lora: LoraSettings, base: str, *, classes: int = 0, values: ValueEnds | None = None
+    source: ModelSource, lora: LoraSettings, base: str, *, classes: int = 0, values: ValueModel | None = None
 ) -> Adapter:
     """Returns the tensors of `base_shapes` with their first values. `base`, `classes`, `values`: as of `load_stages`."""
     wanted = base_shapes(source, lora.targets, lora.kind)

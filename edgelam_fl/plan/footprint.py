@@ -96,6 +96,8 @@ class Footprints:
         return found
 
     def _unit(self, pair: str, layers: int, *, head: bool = False) -> int:
+        if self.spec.source.is_network:
+            return 0  # what a network of our own keeps is small beside its process
         config, itemsize = self.spec.config, ITEM_BYTES[DTYPES[split_pair(pair)[1]]]
         of_model = self.spec.source.config
         if self.spec.values is not None:  # no logits of a vocabulary

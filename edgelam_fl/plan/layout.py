@@ -147,8 +147,10 @@ def layout_of_chains(spec: RunSpec, devices: Iterable[str], chains: Sequence[Seq
 
 
 def device_ends(spec: RunSpec, device: str) -> tuple[int, int]:
-    """Returns (front, back_first): layers [0, front) and [back_first, all) stay on the device."""
+    """Returns (front, back_first): layers [0, front) and [back_first, all) stay on the device. A network of our own has no layers."""
     split, source = spec.config.split, spec.source
+    if not source.num_layers:
+        return 0, 0
     front = by_name(split.named_fronts, device, split.front)
     back = by_name(split.backs, device, split.back) if label_place(split.labels).on_device else 0
     if front + back > source.num_layers:

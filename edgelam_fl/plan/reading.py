@@ -15,7 +15,7 @@ from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.cut import CutAdapter
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.lora import LoraKind, OwnTerms
-from edgelam_fl.model.value_ends import ValueEnds, is_of_module
+from edgelam_fl.model.value_ends import ValueModel, is_of_module
 from edgelam_fl.plan.modes import label_place
 from edgelam_fl.tasks.kinds import values_of
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -91,7 +91,7 @@ def cut_adapter_of(plan: pb.Plan) -> CutAdapter | None:
     return CutAdapter(plan.lowrank.layer, plan.lowrank.rank, plan.lora.alpha / plan.lowrank.rank)
 
 
-def ends_of(plan: pb.Plan) -> ValueEnds | None:
+def ends_of(plan: pb.Plan) -> ValueModel | None:
     """Returns what stands in the places of embedding and head for a task of values; None for a task of texts."""
     values = values_of(plan.task.kind)
     return values.ends(plan.task.radio) if values is not None else None

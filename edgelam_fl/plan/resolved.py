@@ -64,6 +64,11 @@ class Resolved:
 
     def in_words(self) -> Iterator[str]:
         """Yields a sentence on the model, on the bytes of a round and on the memory, without full stops."""
+        if not self.layers:
+            yield f"{self.model}: a network of {human_number(self.trained)} parameters, whole on each device"
+            yield f"trained: all of them, an adapter of {human_bytes(self.adapter_bytes)}"
+            yield f"memory: about {human_bytes(self.device_bytes)} at a device"
+            return
         middle = self.layers - self.front - self.back
         hosted = f"{self.front} layers in front and {self.back} at the back stay on each device, {middle} on {human_count(self.hosts, 'host')}"
         where = hosted if self.hosts else "each device computes all of them"

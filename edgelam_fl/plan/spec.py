@@ -11,7 +11,7 @@ from edgelam_fl.model.base_names import FP32_BYTES, ITEM_BYTES
 from edgelam_fl.model.cut import CutAdapter
 from edgelam_fl.model.lora import LoraKind, OwnTerms, own_terms
 from edgelam_fl.model.source import ModelSource, find_model
-from edgelam_fl.model.value_ends import ValueEnds
+from edgelam_fl.model.value_ends import OwnNetwork, ValueModel
 from edgelam_fl.tasks.kinds import values_of
 from edgelam_fl.wire.codec_bytes import CODEC_BYTES
 
@@ -63,7 +63,7 @@ class RunSpec:
         return CutAdapter(self.source.num_layers - config.split.back - 1, rank, config.lora.alpha / rank)
 
     @property
-    def values(self) -> ValueEnds | None:
+    def values(self) -> ValueModel | None:
         """What stands in the places of embedding and head for a task of values; None for a task of texts."""
         values = values_of(self.config.task.kind)
         return values.ends(self.config.radio) if values is not None else None
@@ -71,6 +71,8 @@ class RunSpec:
     @property
     def value_weights(self) -> int:
         """Counts the numbers of what stands in the places of embedding and head; 0 for a task of texts."""
+        if isinstance(self.values, OwnNetwork):
+            return self.values.weights
         return sum(map(math.prod, self.values.shapes(self.source.hidden_size).values())) if self.values else 0
 
     @property

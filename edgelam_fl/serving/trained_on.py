@@ -58,7 +58,7 @@ def trained_on(source: ModelSource) -> TrainedOn:
     is_path = source.reference.startswith("/")
     return TrainedOn(
         name=Path(source.reference).name if is_path else source.reference,
-        is_public=not is_path and _HUB_NAME.fullmatch(source.reference) is not None,
+        is_public=not (is_path or source.is_network) and _HUB_NAME.fullmatch(source.reference) is not None,
         file=source.gguf.name if source.gguf is not None else "",
         quantized=_quantized(source),
         digest=source.files[ALL_WEIGHTS],

@@ -21,7 +21,7 @@ from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.chip import CPU
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
-from edgelam_fl.model.value_ends import ValueEnds
+from edgelam_fl.model.value_ends import ValueModel
 from edgelam_fl.model.weights import read_tensors
 from edgelam_fl.node.examples import DeviceExamples, ReadPairs, task_of
 from edgelam_fl.node.held import Held
@@ -66,7 +66,7 @@ class Shared:
         *,
         compute: str,
         classes: int,
-        values: ValueEnds | None = None,
+        values: ValueModel | None = None,
         chip: torch.device = CPU,
     ) -> list[Stage]:
         """Loads as `load_stages`; of a whole model only the layers from the lowest one that learns (`OnFrozen`).
@@ -99,7 +99,7 @@ class Shared:
         lora: LoraSettings,
         compute: str,
         classes: int,
-        values: ValueEnds | None = None,
+        values: ValueModel | None = None,
     ) -> list[Stage]:
         return load_stages(source, spans, base, lora, compute=compute, classes=classes, values=values, read=self._read)
 

@@ -40,6 +40,8 @@ def units_bytes(plan: pb.Plan, source: ModelSource, itemsize: int) -> int:
 
 
 def _unit_bytes(plan: pb.Plan, source: ModelSource, layers: int, itemsize: int, *, head: bool = False) -> int:
+    if source.is_network:
+        return 0  # what a network of our own keeps is small beside its process
     return unit_bytes(
         source.config, layers, unit_rows(plan), plan.task.max_tokens, itemsize, checkpointing=plan.checkpointing, head=head,
         all_linear=list(plan.lora.targets) == ["all-linear"],

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from edgelam_fl.errors import ConfigError, nearest
-from edgelam_fl.model.value_ends import ValueEnds
+from edgelam_fl.model.value_ends import ValueModel
 from edgelam_fl.tasks.arrays import Array, Sample, device_samples
 from edgelam_fl.tasks.arrays import place_of as place_of_sample
 from edgelam_fl.tasks.data import DataSettings, DevicePairs, Pair, TaskSettings, device_pairs, place_of
 from edgelam_fl.tasks.metrics import check_metrics
-from edgelam_fl.tasks.radio import CHANNELS, RadioSettings, channel_ends
+from edgelam_fl.tasks.radio import BEAMFORMER, CELLS, CHANNELS, RadioSettings, beam_network, channel_ends
 
 if TYPE_CHECKING:
     from edgelam_fl.tasks.base import Task
@@ -29,8 +29,10 @@ class Values:
 
     arrays: tuple[Array, ...]
     """The arrays of a device's file."""
-    ends: Callable[[RadioSettings], ValueEnds]
-    """Returns the sizes of what stands in the places of embedding and head."""
+    ends: Callable[[RadioSettings], ValueModel]
+    """Returns the sizes of what stands in the places of embedding and head, or the network in the place of a model."""
+    model: str = ""
+    """The one model.name of the task; empty: any language model."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ TASKS = {
     "classification": TaskKind("edgelam_fl.tasks.classification:Classification", answers="class"),
     "channel-prediction": TaskKind(
         "edgelam_fl.tasks.channel_prediction:ChannelPrediction", answers="values", values=Values(CHANNELS, channel_ends)
+    ),
+    "beamforming": TaskKind(
+        "edgelam_fl.tasks.beamforming:Beamforming", answers="values", values=Values(CELLS, beam_network, BEAMFORMER)
     ),
 }
 

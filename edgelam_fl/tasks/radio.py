@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
-from edgelam_fl.model.value_ends import ValueEnds
+from edgelam_fl.model.value_ends import OwnNetwork, ValueEnds
 from edgelam_fl.tasks.arrays import SAMPLES, Array
 
 _BAND = (SAMPLES, "slots", "subcarriers", "ports")
@@ -25,6 +26,8 @@ class RadioSettings(Protocol):
     def series(self) -> int: ...
     @property
     def duplex(self) -> str: ...
+    @property
+    def beam_snrs_db(self) -> Sequence[float]: ...
 
 
 class SeededRadio(RadioSettings, Protocol):
@@ -54,3 +57,14 @@ def channel_ends(settings: RadioSettings) -> ValueEnds:
     outputs = 2 * settings.future_slots
     features = 2 * settings.history_slots + 1 + _AUTOREGRESSIONS * outputs
     return ValueEnds(features, outputs, (DIRECTIONS, DELAY_BINS))
+
+
+CELLS = (Array("channels", (SAMPLES, "users", "antennas")),)
+"""Channels of all users of a cell at once, in units in which a user at the SNR of the run file has power 1 per antenna."""
+
+BEAMFORMER = "beamformer"  # model.name of the network for beams
+
+
+def beam_network(_: RadioSettings) -> OwnNetwork:
+    """Returns the network for beamforming."""
+    return OwnNetwork("edgelam_fl.wireless.beamforming.values:BeamModel", weights=50_056)

@@ -108,6 +108,7 @@ def plain_values(body: Any, modules: Mapping[str, torch.Tensor], ends: ValueEnds
 
 def plain_loop(source: ModelSource, config: RunConfig, file: Path) -> Adapter:
     start, ends = start_of(source, config), RunSpec(config, source).values
+    assert isinstance(ends, ValueEnds)
     model = plain_model(source, config, {name: array for name, array in start.items() if not is_of_values(name)})
     modules = {
         name.removeprefix(PREFIX): torch.nn.Parameter(torch.from_numpy(array.copy()))

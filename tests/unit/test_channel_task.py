@@ -13,6 +13,7 @@ from edgelam_fl.config import parse_run_file
 from edgelam_fl.errors import DataError
 from edgelam_fl.federation import demo_channel
 from edgelam_fl.federation.demos import DEMOS
+from edgelam_fl.model.value_ends import ValueEnds
 from edgelam_fl.plan.making import task_settings
 from edgelam_fl.tasks.arrays import Sample
 from edgelam_fl.tasks.base import ValueExample
@@ -50,6 +51,7 @@ def test_examples_have_the_sizes_that_the_model_is_made_for() -> None:
     assert values is not None
     config = run_config("tiny", f"task.kind={KIND}", "radio.series=12", "radio.history_slots=12")
     ends = values.ends(config.radio)
+    assert isinstance(ends, ValueEnds)
     made = examples("radio.history_slots=12")
     assert {one.inputs.shape for one in made} == {(12, ends.features + len(ends.places))}
     for table, rows in enumerate(ends.places, ends.features):

@@ -341,6 +341,10 @@ def test_a_measure_at_places_is_drawn_over_them_beside_the_methods_that_it_is_co
 ) -> None:
     events = a_run()
     events[0]["config"]["task"] = {"kind": task}
+    for plan in (event for event in events if event["event"] == "plan"):
+        plan["routes"] = [
+            {**route, "front": 0, "back_first": 0, "num_layers": 0, "hops": []} for route in plan["routes"]
+        ]
     done = [event for event in events if event["event"] == "round_done"]
     for number, event in enumerate(done):
         for at, device in enumerate(event["devices"]):
@@ -357,6 +361,8 @@ def test_a_measure_at_places_is_drawn_over_them_beside_the_methods_that_it_is_co
     assert lines["trained model"][1][:2] == [ends[1]] * 2
     assert f"the same for all; {better} is better." in page
     assert "perplexity" not in Page(page).text
+    assert "a network without layers to cut" in page
+    assert "--to merged" not in page
 
 
 def test_timeline_of_every_round_with_its_shares(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ const charts = (() => {
 
   function drawBars(picture, bars, x, y) {
     if (!bars.length) return;
-    const wide = Math.min(x.step * 0.65, 90), tops = bars[0].x.map(() => 0);
+    const wide = Math.max(0, Math.min(x.step * 0.65, 90)), tops = bars[0].x.map(() => 0);
     for (const bar of bars) bar.y.forEach((height, i) => {
       if (!height) return;
       picture.append(node("rect", { style: `fill: var(${bar.color})`, x: x(i) + (x.step - wide) / 2, width: wide,

@@ -169,7 +169,10 @@ def commands(summary: Summary, folder: Path) -> str:
     place = _typed(from_home(str(folder.absolute())))
     if summary.state not in OVER:
         return f"edgelam top {place}\nedgelam report {place}"
-    use = [f"edgelam export {place} --to merged", f"edgelam export {place} --to peft"]
+    forms = (
+        ("peft",) if MEASURES[measure_of(summary.task)].over else ("merged", "peft")
+    )  # a radio task's model is no text's
+    use = [f"edgelam export {place} --to {form}" for form in forms]
     if summary.task == "causal-lm":
         use.insert(0, f"edgelam chat {place}")
     if summary.state != "done":

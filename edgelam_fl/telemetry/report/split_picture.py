@@ -56,6 +56,8 @@ def split_picture(events: Sequence[Event], colours: Mapping[str, str]) -> str:
     plans = [plan for plan in of_kind(events, PlanMade) if plan.routes]
     if not plans:
         return "<p>No plan was made.</p>"
+    if not any(route.num_layers for route in plans[-1].routes):
+        return "<p>The model is a network without layers to cut: each device has all of it.</p>"
     routes = sorted(plans[-1].routes, key=lambda route: (_chain(route), by_name(route.device)))
     with_head = labels_leave(events)
     boxes = [*_ends(routes, with_head), *_slices(routes, with_head)]
