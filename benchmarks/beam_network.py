@@ -19,7 +19,8 @@ from benchmarks.beamforming import DATA_SNR_DB, PILOT_SNRS_DB, drawn
 from benchmarks.common import Figure, main
 from edgelam_fl.wireless.beamforming.downlink import downlink_at, noise_at, sum_rates
 from edgelam_fl.wireless.beamforming.estimation import least_squares, mmse, pilots, received
-from edgelam_fl.wireless.beamforming.learning import LearnedPrecoder, Lesson, OutsideTraining, train
+from edgelam_fl.wireless.beamforming.learned import LearnedPrecoder, Lesson, OutsideTraining
+from edgelam_fl.wireless.beamforming.network import BeamNetwork
 from edgelam_fl.wireless.beamforming.precoders import rzf, wmmse
 
 KNOWN, ESTIMATED = Lesson(), Lesson(users=(4,), snr_db=(DATA_SNR_DB, DATA_SNR_DB), pilot_snr_db=(0.0, 10.0))
@@ -28,7 +29,44 @@ SEEDS, TEST_SEED, DRAWS = (1, 2, 3), 1000, 500
 TESTED = {4: (-5, 0, 5, 10, 15, 20, 25), 6: (0, 10, 20), 8: (0, 10, 20)}  # SNRs in dB by users
 LEAST_PERCENT = {(4, snr_db): 97.0 for snr_db in (0, 5, 10, 15, 20)} | {(8, 10): 95.0}  # of WMMSE
 ABOVE_RZF = {(4, 0), (6, 0), (6, 10), (6, 20)}
+MAX_NORM = 1.0  # of a step's gradient
 TIMED = 50  # decisions, one cell at a time
+
+
+def train(lesson: Lesson, *, steps: int, seed: int, lr: float = 2e-3) -> LearnedPrecoder:
+    """Trains a new network by Adam on newly drawn channels, with a rate that falls to 0 along a cosine. The same seed gives the same network."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = BeamNetwork()
+    optimizer = torch.optim.Adam(network.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        loss = _loss(network, lesson, lesson.users[step % len(lesson.users)], generator)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_NORM)
+        optimizer.step()
+        schedule.step()
+    return LearnedPrecoder(network, lesson)
+
+
+def _loss(network: BeamNetwork, lesson: Lesson, users: int, generator: torch.Generator) -> torch.Tensor:
+    """Returns minus the mean sum rate of newly drawn cells; with pilots, the network sees estimates, and the rates are of the true channels."""
+    shape = (lesson.cells, users, lesson.antennas)
+    channels_BKM = torch.randn(shape, dtype=torch.complex64, generator=generator)
+    noise_B = _uniform_noise(lesson.snr_db, lesson.cells, generator)
+    seen_BKM, error_B = channels_BKM, None
+    if lesson.pilot_snr_db is not None:
+        sent_TK, pilot_noise_B = pilots(users, users), _uniform_noise(lesson.pilot_snr_db, lesson.cells, generator)
+        heard_BTM = received(channels_BKM, sent_TK, pilot_noise_B[:, None, None], generator)
+        seen_BKM, error_B = least_squares(heard_BTM, sent_TK), pilot_noise_B / users
+    return -sum_rates(channels_BKM, network(seen_BKM, noise_B, error_B), noise_B[:, None]).mean()
+
+
+def _uniform_noise(snr_db: tuple[float, float], cells: int, generator: torch.Generator) -> torch.Tensor:
+    low, high = snr_db
+    return 10 ** (-(low + (high - low) * torch.rand(cells, generator=generator)) / 10)
 
 
 def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:

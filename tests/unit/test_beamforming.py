@@ -8,10 +8,11 @@ from itertools import pairwise
 import pytest
 import torch
 
+from benchmarks.beam_network import train
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.wireless.beamforming.downlink import Downlink, downlink_at, noise_at, sum_rates
 from edgelam_fl.wireless.beamforming.estimation import least_squares, mmse, pilots, received
-from edgelam_fl.wireless.beamforming.learning import LearnedPrecoder, Lesson, OutsideTraining, train
+from edgelam_fl.wireless.beamforming.learned import LearnedPrecoder, Lesson, OutsideTraining
 from edgelam_fl.wireless.beamforming.network import BeamNetwork
 from edgelam_fl.wireless.beamforming.precoders import mrt, rzf, wmmse, zero_forcing
 

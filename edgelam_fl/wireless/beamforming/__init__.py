@@ -4,7 +4,8 @@
     precoders   MRT, ZF, RZF and WMMSE: what a learned beamformer is compared with
     estimation  pilots, and LS and MMSE estimates of a channel
     network     a graph network over users that makes beams
-    learning    its training on minus the sum rate, and its use as a precoder
+    learned     a trained network in the place of a precoder
+    values      channels and beams as rows of values, as a task hands them to a model
 
 Shapes: B cells, K users, M antennas, T pilot symbols. Row k of a channel is what multiplies the antennas' signals on their way
 to user k; column k of the beams is what the antennas send for user k.
