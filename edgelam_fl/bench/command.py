@@ -19,11 +19,12 @@ from edgelam_fl.bench.matrix import Cell, Matrix, read_matrix
 from edgelam_fl.bench.reference import ONE_DEVICE, WHAT_ONE_DEVICE, one_device
 from edgelam_fl.bench.results import write_results
 from edgelam_fl.bench.runner import Results, check_cells, check_extra, engine, play
-from edgelam_fl.bench.tables import cause
+from edgelam_fl.bench.tables import cause, measure_of, value_of
 from edgelam_fl.bench.tuning import held_back, tries, tuned
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import INTERRUPTED
 from edgelam_fl.telemetry.events import Event, PlanMade
+from edgelam_fl.telemetry.measures import MEASURES
 from edgelam_fl.telemetry.waiting import Reminder, SignTiming, waiting
 
 _TICK_S = 1.0
@@ -206,9 +207,8 @@ def summary_line(line: dict[str, Any]) -> str:
     """Formats a cell's or a reference's line for the terminal."""
     if line["state"] == "failed":
         return f"{line['name']} failed: {cause(line)}"
-    quality = (
-        f"accuracy {line['accuracy']:.4f}" if line["accuracy"] is not None else f"perplexity {line['perplexity']:.2f}"
-    )
+    measure = measure_of(line)
+    quality = f"{measure} {value_of(line):.{4 if MEASURES[measure].percent else 2}f}"
     virtual = f", {line['virtual_seconds']:.0f} virtual s" if line.get("virtual_seconds") else ""
     real = f"time replayed from {line['trained']}" if "trained" in line else f"{line['seconds']:.0f} s"
     return f"{line['name']}: {quality}, {line['bytes'] / 1e6:.1f} MB{virtual}, {real}"

@@ -1,11 +1,18 @@
-"""Loads the data set of a matrix and deals it to devices as files, but for a test set that all share. Knows no run."""
+"""Loads the data set of a matrix and deals it to devices as files, but for a test set that all share. Knows no run.
+
+A data set of a radio task is drawn from a fixed seed; its rows are the numbers of samples in arrays, and what makes them unlike.
+"""
 
 from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from edgelam_fl.bench import wordnet
 from edgelam_fl.bench.matrix import Bench, Cell, attackers
@@ -14,9 +21,18 @@ from edgelam_fl.simulation.nodes_file import SimulatedNode, write_federation
 from edgelam_fl.tasks.files import read_records
 from edgelam_fl.tasks.named import local_data
 from edgelam_fl.tasks.partition import deal
+from edgelam_fl.wireless.channels.paths import Paths
+from edgelam_fl.wireless.channels.sectors import Sector
 
-Row = tuple[str, str]  # prompt, answer
+Row = tuple[str, str]  # prompt and answer; or the number of a sample, and the label by which a skew deals it
+Arrays = Mapping[str, np.ndarray]  # by key, the first axis over samples
 _CHOICE_SEED = 1
+_SAMPLES = 400  # of a radio task, if bench.examples is 0
+_SECTORS = {  # the kinds of sectors by name: as many users each, so that one file may hold all
+    "wide": Sector(),
+    "narrow": Sector(sector_deg=20.0, spread_deg=5.0),
+    "uneven": Sector(spread_deg=20.0, shadow_db=8.0),
+}
 _FIELDS = (("gloss", "domain"), ("prompt", "answer"), ("question", "answer"), ("text", "label"))
 
 
@@ -26,13 +42,20 @@ class Data:
 
     training: list[Row]
     test: list[Row]
-    classes: tuple[str, ...]  # the answers of a classification; empty: answers are texts
+    classes: tuple[str, ...]  # the answers of a classification; empty: answers are texts, or there are none
+    arrays: Arrays = field(default_factory=dict)  # of a radio task, whose rows are numbers of samples
 
 
 def load(bench: Bench, folder: Path) -> Data:
     """Loads the data set; the test set is the same for every cell. folder: a data file's path is relative to it."""
-    rows = _rows(bench.dataset, folder)
     chosen = random.Random(_CHOICE_SEED)
+    if bench.dataset in _DRAWN:
+        arrays, labels = _DRAWN[bench.dataset](bench.examples or _SAMPLES)
+        samples = [(str(number), label) for number, label in enumerate(labels)]
+        chosen.shuffle(samples)
+        count = max(1, round(bench.test * len(samples)))
+        return Data(samples[count:], samples[:count], (), arrays)
+    rows = _rows(bench.dataset, folder)
     if bench.examples > len(rows):
         raise ConfigError(f"bench.examples = {bench.examples} must be at most {len(rows)}, what {bench.dataset} has")
     rows = chosen.sample(rows, bench.examples or len(rows))
@@ -45,6 +68,22 @@ def load(bench: Bench, folder: Path) -> Data:
     return Data(training + unlearned, [row for row in test if row not in unlearned], classes)
 
 
+def _sectors(count: int) -> tuple[Arrays, list[str]]:
+    """Returns channels of so many samples, of each kind of sector as many, and the kinds."""
+    kinds = [[*_SECTORS][number % len(_SECTORS)] for number in range(count)]
+    drawn = {kind: list(sector.draw(count, _CHOICE_SEED + at)) for at, (kind, sector) in enumerate(_SECTORS.items())}
+    return {"channels": np.stack([drawn[kind].pop() for kind in kinds])}, kinds
+
+
+def _links(count: int) -> tuple[Arrays, list[str]]:
+    """Returns links of users at several speeds, half a megabyte each, and the speeds."""
+    links = Paths(count, _CHOICE_SEED).draw()
+    return {"up": links.up_NTFM, "speed_kmh": links.speed_kmh}, [f"{speed:g} km/h" for speed in links.speed_kmh]
+
+
+_DRAWN: Mapping[str, Callable[[int], tuple[Arrays, list[str]]]] = {"sectors": _sectors, "links": _links}
+
+
 def _rows(dataset: str, folder: Path) -> list[Row]:
     if dataset == "wordnet":
         return wordnet.rows()
@@ -55,7 +94,7 @@ def _rows(dataset: str, folder: Path) -> list[Row]:
     path = local_data(Path(dataset)) if dataset.startswith("hf:") else folder / dataset
     if not path.exists():
         raise ConfigError(
-            f"bench.dataset = {dataset!r} must be 'wordnet', 'docstrings', a data file or hf:NAME; none is at {path}"
+            f"bench.dataset = {dataset!r} must be 'wordnet', 'docstrings', 'sectors', 'links', a data file or hf:NAME; none is at {path}"
         )
     records = [values for _, values in read_records(path)]
     for prompt, answer in _FIELDS:
@@ -75,11 +114,11 @@ def write_cell(folder: Path, data: Data, bench: Bench, cell: Cell, hosts: int) -
     dealt = deal([answer for _, answer in data.training], bench.devices, str(cell.values["partition"]), seed)
     nodes = [SimulatedNode(name=f"edge-{number}") for number in range(1, hosts + 1)]
     for number, chosen in enumerate(dealt):
-        name = device_name(number)
-        _write(folder / f"{name}.jsonl", [data.training[row] for row in chosen])
-        _write(folder / f"{name}.test.jsonl", data.test[number :: bench.devices])
+        name, end = device_name(number), "npz" if data.arrays else "jsonl"
+        _write(folder / f"{name}.{end}", [data.training[row] for row in chosen], data.arrays)
+        _write(folder / f"{name}.test.{end}", data.test[number :: bench.devices], data.arrays)
         attack = kind_count[0] if number < kind_count[1] else ""
-        nodes.append(SimulatedNode(name=name, data=f"{name}.jsonl", held_out=f"{name}.test.jsonl", attack=attack))
+        nodes.append(SimulatedNode(name=name, data=f"{name}.{end}", held_out=f"{name}.test.{end}", attack=attack))
     write_federation(folder, nodes)
 
 
@@ -88,7 +127,11 @@ def device_name(number: int) -> str:
     return f"device-{number + 1:03d}"
 
 
-def _write(path: Path, rows: list[Row]) -> None:
+def _write(path: Path, rows: list[Row], arrays: Arrays) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    if arrays:
+        chosen: dict[str, Any] = {key: array[[int(number) for number, _ in rows]] for key, array in arrays.items()}
+        np.savez(path, **chosen)
+        return
     lines = [json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) + "\n" for prompt, answer in rows]
     path.write_text("".join(lines), encoding="utf-8")

@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, field_validator
 from edgelam_fl.config import RunConfig, Section, parse_run_file, parse_toml, toml_value
 from edgelam_fl.errors import ConfigError, nearest
 from edgelam_fl.simulation.attacks import ATTACKS
+from edgelam_fl.tasks.kinds import values_of
 from edgelam_fl.tasks.partition import check_partition
 
 # The key of the run file that an axis sets; the others are about the data and the devices.
@@ -41,7 +42,9 @@ class Bench(Section):
     """The section [bench]: data, devices and what to compare with."""
 
     dataset: str = Field(
-        "wordnet", min_length=1, description="wordnet, docstrings, a data file beside the matrix, or hf:NAME"
+        "wordnet",
+        min_length=1,
+        description="wordnet, docstrings, a data file beside the matrix, or hf:NAME; of radio tasks sectors or links, drawn from a fixed seed",
     )
     examples: int = Field(0, ge=0, description="examples of the data set, chosen by a fixed seed; 0: all")
     test: float = Field(0.2, gt=0, lt=1, description="share of the examples to measure with, the same for all cells")
@@ -213,7 +216,8 @@ class Matrix:
         federation = data.setdefault("federation", {})
         federation.setdefault("min_nodes", 1)
         federation.update(wait="park", expect_nodes=self.bench.devices)
-        data["data"] = {**data.get("data", {}), "fields": {"prompt": "prompt", "answer": "answer"}}
+        if values_of(str(data.get("task", {}).get("kind", ""))) is None:
+            data["data"] = {**data.get("data", {}), "fields": {"prompt": "prompt", "answer": "answer"}}
         text = "".join(
             f"[{section}]\n" + "".join(f"{key} = {toml_value(value)}\n" for key, value in keys.items())
             for section, keys in data.items()

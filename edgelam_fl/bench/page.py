@@ -29,13 +29,18 @@ from edgelam_fl.bench.tables import (
     groups,
     is_accuracy,
     mean_and_spread,
+    measure_in,
+    measure_of,
     name_of,
     quality,
     references,
     sentences,
     tested,
+    title_of,
+    value_of,
     word,
 )
+from edgelam_fl.telemetry.measures import MEASURES, with_unit
 from edgelam_fl.telemetry.report.figures import mean_line
 from edgelam_fl.telemetry.report.frame import COLOURS, figure, framed
 
@@ -121,10 +126,9 @@ def _figures(
     """Returns the figures by the id of their place: quality over each cost that the cells have, and at the end over bytes."""
     if not found:
         return {}
-    accuracy = is_accuracy(lines)
-    measure = "accuracy" if accuracy else "perplexity"
+    accuracy, measure = is_accuracy(lines), measure_in(lines)
     lined = [{"y": fmean(values), "text": what.split(",")[0]} for what, values in references(lines).items()]
-    common = {"y": measure, "share": accuracy, "log_y": True, "legend": False}
+    common = {"y": with_unit(measure), "share": accuracy, "log_y": not MEASURES[measure].over, "legend": False}
     figures: dict[str, Any] = {}
     for cost, (what, scale) in _OVER.items():
         if cost == "round" or any(line.get(cost) for cells in found.values() for line in cells):
@@ -137,13 +141,13 @@ def _figures(
                 "own_x": cost != "round",
                 "log_x": cost != "round",
             }
-    points = [_point(cells, accuracy, looks[group]) for group, cells in found.items()]
+    points = [_point(cells, looks[group]) for group, cells in found.items()]
     figures["pareto"] = {
         **common,
         "x": _OVER["bytes"][0],
         "points": points,
         "log_x": True,
-        "front": "max" if accuracy else "min",
+        "front": "max" if MEASURES[measure].higher else "min",
     }
     return figures
 
@@ -159,8 +163,8 @@ def _curve(cells: Sequence[Mapping[str, Any]], cost: str, scale: float, measure:
     return {**line, "strong": False, "dash": look.dash, "keys": look.keys}
 
 
-def _point(cells: Sequence[Mapping[str, Any]], accuracy: bool, look: _Look) -> dict[str, Any]:
-    mean, spread = mean_and_spread([abs(quality(cell)) for cell in cells])
+def _point(cells: Sequence[Mapping[str, Any]], look: _Look) -> dict[str, Any]:
+    mean, spread = mean_and_spread([value_of(cell) for cell in cells])
     whisker = {"low": mean - spread, "high": mean + spread} if len(cells) > 1 else {}
     x = fmean(cell["bytes"] for cell in cells) / 1e6
     return {
@@ -232,9 +236,9 @@ def _compared_name(matrix: Matrix, group: Group) -> str:
 
 
 def _shown(cells: Sequence[Mapping[str, Any]]) -> str:
-    accuracy = cells[0]["accuracy"] is not None
-    mean, spread = mean_and_spread([abs(quality(cell)) for cell in cells])
-    scale, unit = (100, " %") if accuracy else (1, "")
+    measure = MEASURES[measure_of(cells[0])]
+    mean, spread = mean_and_spread([value_of(cell) for cell in cells])
+    scale, unit = (100, " %") if measure.percent else (1, f" {measure.unit}".rstrip())
     more = f" ± {scale * spread:.2f}" if len(cells) > 1 else ""
     return f"{scale * mean:.2f}{more}{unit}"
 
@@ -317,7 +321,7 @@ def _leaderboard(
     if not found:
         return ""
     accuracy, axes = is_accuracy(lines), _axes(matrix)
-    means = {group: tested([abs(quality(line)) for line in cells]) for group, cells in found.items()}
+    means = {group: tested([value_of(line) for line in cells]) for group, cells in found.items()}
     costs = [cost for cost in COSTS if any(line.get(cost) for cells in found.values() for line in cells)]
     apart = compared(differences(matrix, lines))
     board = _Board(axes.index(_coloured(matrix)), apart, means, costs, 100 if accuracy else 1)
@@ -327,7 +331,7 @@ def _leaderboard(
         for rank, group in enumerate(block, 1)
     )
     heads = [
-        "rank", *axes, "accuracy, %" if accuracy else "perplexity", "95 % interval", "n", f"less {matrix.bench.baseline}",
+        "rank", *axes, title_of(lines), "95 % interval", "n", f"less {matrix.bench.baseline}",
         "95 % interval", "p", "aggregation error", *(COSTS[cost] for cost in costs),
     ]  # fmt: skip
     head = "".join(f"<th{' class=name' if each in axes else ''}><button>{escape(each)}</button></th>" for each in heads)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from html import escape
 
 from edgelam_fl.bench.matrix import NO_PRIVACY, Matrix
-from edgelam_fl.bench.tables import Lines, groups, mean_and_spread, quality
+from edgelam_fl.bench.tables import Lines, groups, mean_and_spread, measure_in, quality, title_of
+from edgelam_fl.telemetry.measures import MEASURES
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _PLOT_W, _PLOT_H = 640, 360, 64, 36, 400, 264
 _COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8d6a9f", "#c9822b", "#4f5d75")
@@ -32,11 +33,11 @@ def over_epsilon(matrix: Matrix, lines: Lines) -> str:
     parts = [f'<rect class="axis" x="{_LEFT}" y="{_TOP}" width="{_PLOT_W}" height="{_PLOT_H}"/>']
     parts += [_label(x, _TOP + _PLOT_H + 18, "middle", _word(value)) for value, x in places.items()]
     parts += [_label(_LEFT + _PLOT_W / 2, _TOP + _PLOT_H + 40, "middle", "epsilon")]
-    accuracy = any(line.get("accuracy") is not None for line in lines.values())
-    parts += [_label(_LEFT, _TOP - 14, "start", "accuracy, %" if accuracy else "perplexity")]
+    measure = measure_in(lines)
+    parts += [_label(_LEFT, _TOP - 14, "start", title_of(lines))]
     for tick in range(_TICKS + 1):
         value = low + (high - low) * tick / _TICKS
-        parts.append(_label(_LEFT - 8, _height(value, low, high) + 4, "end", f"{_printed(value, accuracy):.3g}"))
+        parts.append(_label(_LEFT - 8, _height(value, low, high) + 4, "end", f"{_printed(value, measure):.3g}"))
     for number, (name, curve) in enumerate(curves.items()):
         parts += _curve(number, name, {places[value]: point for value, point in curve.items()}, low, high)
     head = (
@@ -82,9 +83,10 @@ def _height(value: float, low: float, high: float) -> float:
     return _TOP + _PLOT_H * (high - value) / (high - low)
 
 
-def _printed(value: float, accuracy: bool) -> float:
-    """Turns a quality into the number that people read: per cent, or a perplexity."""
-    return 100 * value if accuracy else -value
+def _printed(value: float, measure: str) -> float:
+    """Turns a quality into the number that people read."""
+    of = MEASURES[measure]
+    return (100 if of.percent else 1) * (value if of.higher else -value)
 
 
 def _word(value: float | str) -> str:

@@ -46,6 +46,7 @@ from edgelam_fl.telemetry.events import (
     of_kind,
 )
 from edgelam_fl.telemetry.human import total
+from edgelam_fl.telemetry.measures import MEASURES, shown_value
 from edgelam_fl.telemetry.summary import pooled
 from edgelam_fl.wire.control import FABRIC_SEPARATOR
 
@@ -315,10 +316,11 @@ def outcome(events: Sequence[Event]) -> dict[str, Any]:
         quality = pooled(done.devices)
         if math.inf in quality.values():
             raise RunFailed(
-                f"its held-out perplexity after round {done.round - 1} is beyond all numbers: training diverged"
+                f"its held-out {next(iter(quality))} after round {done.round - 1} is beyond all numbers: training diverged"
             )
         if quality:
-            curve.append({"round": done.round - 1, **quality, **spent})
+            shown = {name: shown_value(name, value) for name, value in quality.items()}
+            curve.append({"round": done.round - 1, **shown, **spent})
         if not done.steps:
             continue  # the measurement after the last round is not a cost of learning
         spent["bytes"] += sum(_bytes(node) for node in (*done.devices, *done.hosts))
@@ -327,8 +329,9 @@ def outcome(events: Sequence[Event]) -> dict[str, Any]:
         errors.append(done.aggregation_error)
     known = [error for error in errors if error is not None]
     last = curve[-1] if curve else {}
+    measured = {name: last[name] for name in MEASURES if name in last}
     return {
-        "accuracy": last.get("accuracy"), "perplexity": last.get("perplexity"), **spent, "personal": personal,
+        "accuracy": None, "perplexity": None, **measured, **spent, "personal": personal,
         "aggregation_error": sum(known) / len(known) if known else None, "data": _data_counts(events), "curve": curve,
     }  # fmt: skip
 

@@ -14,11 +14,13 @@ from typing import Any
 
 from edgelam_fl.bench.matrix import NO_PRIVACY, Cell, Matrix
 from edgelam_fl.names import printable, without_colours
+from edgelam_fl.telemetry.measures import MEASURES, with_unit
 
 Lines = Mapping[str, Mapping[str, Any]]  # the newest line of each cell and reference, by name
 Group = tuple[Any, ...]  # a value per varied axis, without the seed: one row of a table
 COSTS = {"bytes": "MB", "virtual_seconds": "virtual s", "joules": "J"}
 _SCALE = {"bytes": 1e6, "virtual_seconds": 1.0, "joules": 1.0}
+_MEASURES = ("accuracy", *(name for name in MEASURES if name != "accuracy"))  # a classification has a perplexity too
 _LEVEL = 0.05  # of the tests, and of what intervals miss
 
 
@@ -40,11 +42,31 @@ def _order(matrix: Matrix, cell: Cell) -> list[int]:
     return [getattr(matrix.axes, axis).index(cell.values[axis]) for axis in axes]
 
 
+def measure_of(line: Mapping[str, Any]) -> str:
+    """Returns the name of the measure that a finished line has, or a point of its curve."""
+    return next(name for name in _MEASURES if line.get(name) is not None)
+
+
+def value_of(line: Mapping[str, Any]) -> float:
+    """Returns a line's measure as people read it, an accuracy as a share."""
+    return float(line[measure_of(line)])
+
+
 def quality(line: Mapping[str, Any]) -> float:
-    """Returns a number of which higher is better: the accuracy, or the negative perplexity."""
-    if line["accuracy"] is not None:
-        return float(line["accuracy"])
-    return -float(line["perplexity"])
+    """Returns a number of which higher is better: the measure, or its negative."""
+    return value_of(line) if MEASURES[measure_of(line)].higher else -value_of(line)
+
+
+def measure_in(lines: Lines) -> str:
+    """Returns the measure that all finished lines have."""
+    done = [line for line in lines.values() if line["state"] == "done"]
+    return measure_of(done[0]) if done else "accuracy"
+
+
+def title_of(lines: Lines) -> str:
+    """Returns the measure with its unit, as the head of a column."""
+    measure = measure_in(lines)
+    return f"{measure}, %" if MEASURES[measure].percent else with_unit(measure)
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:
@@ -168,14 +190,13 @@ def _not_whole(lines: Lines) -> str:
 def _table(matrix: Matrix, lines: Lines) -> str:
     axes = matrix.varied() or ["aggregation"]
     apart = compared(differences(matrix, lines))
-    percent = is_accuracy(lines)
-    name = "accuracy, %" if percent else "perplexity"
+    percent, name = is_accuracy(lines), title_of(lines)
     costs = [cost for cost in COSTS if any(line.get(cost) for line in lines.values())]
     heads = [*axes, "n", name, "spread", *_difference_heads(matrix.bench.baseline), "aggregation error"]
     rows = [heads + [COSTS[cost] for cost in costs], ["---"] * (len(heads) + len(costs))]
     for group, found in groups(matrix, lines).items():
         scale = 100 if percent else 1
-        row = [*map(word, group), str(len(found)), *_shown([scale * abs(quality(line)) for line in found])]
+        row = [*map(word, group), str(len(found)), *_shown([scale * value_of(line) for line in found])]
         row += _difference(apart.get(group), scale)
         errors = [line["aggregation_error"] for line in found if line["aggregation_error"] is not None]
         row.append(f"{fmean(errors):.3g}" if errors else "")
@@ -245,7 +266,8 @@ def _privacy_costs(matrix: Matrix, lines: Lines) -> str:
 
 
 def is_accuracy(lines: Lines) -> bool:
-    return all(line["accuracy"] is not None for line in lines.values() if line["state"] == "done")
+    """Returns whether the finished lines are measured by their accuracy, which is shown in per cent."""
+    return measure_in(lines) == "accuracy"
 
 
 def references(lines: Lines) -> dict[str, list[float]]:
@@ -286,7 +308,7 @@ def figures(matrix: Matrix, lines: Lines) -> list[dict[str, Any]]:
     scale, unit = (100, "%") if is_accuracy(lines) else (1, "")
     found: dict[str, float] = {}
     for group, cells in groups(matrix, lines).items():
-        mean, spread = mean_and_spread([abs(quality(line)) for line in cells])
+        mean, spread = mean_and_spread([value_of(line) for line in cells])
         found |= {f"{name_of(group)}: quality": scale * mean, f"{name_of(group)}: spread": scale * spread}
         found[f"{name_of(group)}: seeds"] = len(cells)
     for what, values in references(lines).items():
@@ -318,13 +340,13 @@ def name_of(group: Group) -> str:
 def at_budget(line: Mapping[str, Any], cost: str, budget: float) -> float | None:
     """Returns the last quality that was measured before the budget was spent; None: none was."""
     within = [point for point in line["curve"] if point[cost] <= budget]
-    return quality({"accuracy": None, "perplexity": None, **within[-1]}) if within else None
+    return quality(within[-1]) if within else None
 
 
 def cost_to(line: Mapping[str, Any], cost: str, target: float) -> float | None:
     """Returns the cost when the quality first reached the target; None: it never did."""
     for point in line["curve"]:
-        if quality({"accuracy": None, "perplexity": None, **point}) >= target:
+        if quality(point) >= target:
             return float(point[cost])
     return None
 

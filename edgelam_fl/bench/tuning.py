@@ -29,7 +29,7 @@ def tries(matrix: Matrix) -> Matrix:
 def held_back(data: Data, tune: Tune) -> Data:
     """Returns the data of the tries: a share of the training examples takes the place of the test set."""
     count = max(1, round(tune.share * len(data.training)))
-    return Data(data.training[count:], data.training[:count], data.classes)
+    return Data(data.training[count:], data.training[:count], data.classes, data.arrays)
 
 
 def tuned(matrix: Matrix, lines: Lines) -> Matrix:

@@ -16,7 +16,7 @@ from edgelam_fl.bench.datasets import Data, load, write_cell
 from edgelam_fl.bench.matrix import Bench, Tune, read_matrix
 from edgelam_fl.bench.plot import over_epsilon
 from edgelam_fl.bench.reference import ONE_DEVICE, one_device
-from edgelam_fl.bench.tables import at_budget, compared, cost_to, differences, figures, markdown
+from edgelam_fl.bench.tables import at_budget, compared, cost_to, differences, figures, markdown, quality
 from edgelam_fl.bench.tuning import held_back, tries, tuned
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
@@ -420,6 +420,37 @@ def test_the_quality_of_several_devices_is_of_sums(tmp_path: Path) -> None:
         RunFailed, match="its held-out perplexity after round 0 is beyond all numbers: training diverged"
     ):
         runner.outcome(diverged)
+
+
+@pytest.mark.parametrize(
+    ("measure", "ratio", "shown", "is_better"), [("sum rate", 14.5, 14.5, True), ("NMSE", 0.05, -13.0103, False)]
+)
+def test_radio_tasks_are_compared_by_their_own_measure(
+    tmp_path: Path, measure: str, ratio: float, shown: float, is_better: bool
+) -> None:
+    found = [
+        runner.outcome(measured([{"metrics": {measure: each}, "points": [["", 10, each, 4]]}]))
+        for each in (ratio, 1.1 * ratio)
+    ]
+    assert found[0][measure] == pytest.approx(shown, rel=1e-5)
+    assert (quality(found[1]) > quality(found[0])) is is_better
+    lines = [{**line("fedavg", seed, 0.5), "accuracy": None, **one} for seed, one in enumerate(found, 1)]
+    cells = {str(one["name"]): one for one in lines}
+    matrix = read_matrix(written(tmp_path, GOOD))
+    assert f"| {measure}, " in markdown(matrix, cells)
+
+
+def test_samples_of_sectors_are_dealt_as_arrays_and_a_skew_deals_kinds(tmp_path: Path) -> None:
+    bench = Bench(dataset="sectors", examples=90, test=0.2, devices=3)
+    data = load(bench, tmp_path)
+    assert (len(data.training), len(data.test), data.classes) == (72, 18, ())
+    write_cell(tmp_path, data, bench, read_matrix(written(tmp_path, GOOD)).cells()[0], hosts=0)
+    held = [np.load(tmp_path / f"device-00{number}.npz")["channels"] for number in (1, 2, 3)]
+    assert sorted(len(channels) for channels in held) == [24, 24, 24]
+    assert {channels.shape[1:] for channels in held} == {(8, 8)}
+    test = [np.load(tmp_path / f"device-00{number}.test.npz")["channels"] for number in (1, 2, 3)]
+    assert len({one.tobytes() for part in (*held, *test) for one in part}) == 90, "each sample is in one place"
+    assert {kind for _, kind in data.training} == {"wide", "narrow", "uneven"}
 
 
 def measured(devices: Iterable[dict[str, object]]) -> list[Event]:
