@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edgelam_fl.config import RunConfig
+from edgelam_fl.model.value_ends import NETWORK, OwnNetwork
 from edgelam_fl.serving.trained_on import TrainedOn
 from edgelam_fl.tasks.kinds import values_of
 from edgelam_fl.telemetry.events import BestTaken, DeviceResult, Event, of_kind
@@ -24,6 +25,7 @@ from edgelam_fl.telemetry.summary import (
 )
 from edgelam_fl.telemetry.summary_words import privacy_in_words
 
+_OF_LANGUAGE_MODELS = ("LoRA", "frozen weights kept in", "hidden states sent as")  # of a card's rows on the training
 _LIBRARIES = {"peft": "peft", "merged": "transformers", "gguf": "gguf"}
 _KINDS = {"peft": "A LoRA adapter for", "merged": "A fine-tuned copy of", "gguf": "A fine-tuned copy, as GGUF, of"}
 _LORA_KINDS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save")
@@ -36,18 +38,44 @@ def model_card(config: RunConfig, base: TrainedOn, events: Sequence[Event], form
     events: of the run, as far as it has come; form: "peft", "merged" or "gguf"; whole: false for the adapter as the run leaves
     it, which may lack a part that other programs need.
     """
-    summary = build_summary(events)
+    summary, network = build_summary(events), _network(config)
+    if network is not None:
+        title, what = "trained with EdgeLAM-FL", f"A network, {_named(base)}, trained by federated learning."
+        of_model = [_section("Use", _use_of_network(network))]
+    else:
+        title, what = (
+            "fine-tuned with EdgeLAM-FL",
+            f"{_KINDS[form]} {_named(base)}, trained by federated split learning.",
+        )
+        use = _use(config, base, form) + ("" if whole else _lacking(config))
+        of_model = [_section("Use", use), _section("Base model", _of_base(base))]
     parts = [
-        f"# {_short(base)}, fine-tuned with EdgeLAM-FL",
-        f"{_KINDS[form]} {_named(base)}, trained by federated split learning. {_who(config, summary)}",
-        _section("Use", _use(config, base, form) + ("" if whole else _lacking(config))),
-        _section("Base model", _of_base(base)),
+        f"# {_short(base)}, {title}",
+        f"{what} {_who(config, summary)}",
+        *of_model,
         _section("Training data", _of_data(summary)),
         _section("Result", _of_result(config, events)),
         _section("Training", _of_training(config, summary)),
         _section("Privacy", _of_privacy(summary)),
     ]
     return f"---\n{_metadata(config, base, form)}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _network(config: RunConfig) -> OwnNetwork | None:
+    """Returns the network of our own that the run trained; None: it trained a language model."""
+    values = values_of(config.task.kind)
+    found = values.ends(config.radio) if values is not None else None
+    return found if isinstance(found, OwnNetwork) else None
+
+
+def _use_of_network(network: OwnNetwork) -> str:
+    module, _, name = network.path.partition(":")
+    lines = (
+        f"from safetensors.torch import load_file\nfrom {module} import {name}\n\n"
+        f'tensors = load_file("THIS FOLDER/adapter_model.safetensors")\nnetwork = {name}()\n'
+        f'network.load_state_dict({{key.partition("{NETWORK}.")[2]: tensor for key, tensor in tensors.items()}})'
+    )
+    return f"{_code(lines)}\n\nThe tensors are all of its parameters; there is no base model, and the folder has peft's form alone."
 
 
 def _section(heading: str, text: str) -> str:
@@ -62,9 +90,9 @@ def _metadata(config: RunConfig, base: TrainedOn, form: str) -> str:
         base_model=base.name if base.is_public else None,
         base_model_relation=relation if base.is_public else None,
         license=base.licence or None,
-        library_name=_LIBRARIES[form],
+        library_name=_LIBRARIES[form] if _network(config) is None else None,
         pipeline_tag=_pipeline(config),
-        tags=[*_TAGS, *(["gguf"] if form == "gguf" else [])],
+        tags=[*_TAGS, *(["gguf"] if form == "gguf" else [])] if _network(config) is None else ["federated-learning"],
     )
     return data.to_yaml()
 
@@ -255,6 +283,8 @@ def _of_training(config: RunConfig, summary: Summary) -> str:
         "seed": str(config.run.seed),
         "versions": ", ".join(f"{name} {number}" for name, number in summary.versions.items()) or "not known",
     }
+    if _network(config) is not None:
+        rows = {name: text for name, text in rows.items() if name not in _OF_LANGUAGE_MODELS} | {"task": task.kind}
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows.items())
 
 
