@@ -21,7 +21,7 @@ _SETTINGS = (
     "federation.rounds=1",
     "federation.local_steps=2",
     "federation.batch_size=2",
-    "data.held_out=0.02",
+    "data.held_out=0.01",
     "task.max_tokens=128",
 )
 _SMOKE = ["--devices", "1", *(word for setting in _SETTINGS for word in ("--set", setting))]

@@ -53,7 +53,9 @@ MOST = 1.02  # of the others' perplexity, over that without the device
 ROBUST = ("split.host_mode=copies", "strategy.aggregation=fedmedian")
 KINDS = ("huge", "not finite", "sign-flipped", "bad-shaped", "late")
 DEFAULTS_SEE = tuple(kind for kind in KINDS if kind != "sign-flipped")
-QUICK = ("federation.rounds=1", "federation.step_deadline_s=2")  # of a smoke run
+QUICK = (  # of a smoke run
+    "federation.rounds=1", "federation.local_steps=5", "federation.batch_size=4", "federation.step_deadline_s=2",
+)  # fmt: skip
 SETTINGS = (
     "split.hosts=1", "split.front=1", "split.back=1", "split.micro_batches=2", f"federation.rounds={ROUNDS}",
     f"federation.local_steps={STEPS}", "federation.batch_size=8", "federation.join_deadline_s=60",
