@@ -91,6 +91,10 @@ series = 64
 [data]
 held_out = 0
 
+[federation]
+join_deadline_s = 3600.0
+step_deadline_s = 3600.0
+
 [optimizer]
 lr = 5e-4
 schedule = "linear"
@@ -192,7 +196,9 @@ def by_engine(
     overrides = [f"model.name={source.name}", f"federation.batch_size={size.batch}", *federation, *settings]
     config = parse_run_file(RUN_FILE, source="the benchmark's run file", overrides=overrides)
     spec = RunSpec(config, source)
-    adapter = first_adapter(spec)
+    adapter, task = first_adapter(spec), make_task(task_settings(config), source.folder)
+    for file in files:
+        make(task, b"", device_data(file, task_settings(config)).training)  # before nodes wait for each other
     with memory_fleet(source, config, files, examples=partial(DeviceExamples, tokenize=make)) as fleet:
         check_done(fleet.run(adapter, 0))  # loads layers and links
         began_s = time.process_time()
