@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,21 +14,23 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from edgelam_fl.addresses import join_address
+from edgelam_fl.addresses import free_port, join_address
 from edgelam_fl.errors import EdgelamError
 from edgelam_fl.federation.child import log_tail
+from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.hub.link_speed import measure_link
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.telemetry.events import EventTail, JobStarted, LinkLost, RoundDone, of_kind
+from edgelam_fl.telemetry.events import EventTail, JobStarted, LinkLost, NodeRefused, RoundDone, of_kind
 from edgelam_fl.trust.authority import Authority, issue
-from edgelam_fl.trust.identity import DEVICE, SERVER, Identity
+from edgelam_fl.trust.identity import DEVICE, SERVER, Identity, save_identity
+from edgelam_fl.trust.join import sync
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.dial import dial
 from edgelam_fl.wire.grpc.secure import PLAIN, Security
 from edgelam_fl.wire.grpc.services import stub
 from edgelam_fl.wire.relay import DIAL, LISTEN, RELAY_SERVICE, make_token, token_metadata
-from tests.integration.federation import Federation, Run, config_of
+from tests.integration.federation import START_DEADLINE_S, Federation, Run, config_of
 from tests.links import hello, make_terms
 from tests.support import WAIT_S
 
@@ -53,6 +56,7 @@ class Intruders:
         self.stranger = replace(issue(Authority.open(elsewhere), "device-1", DEVICE), authority=own)
         self.insider, self.revoked = self._member("insider"), self._member("leaver")
         federation.trust.members.revoke("leaver")
+        self._pretender = f"127.0.0.1:{free_port()}"
 
     def _member(self, name: str) -> Identity:
         assert self._federation.trust is not None
@@ -60,12 +64,36 @@ class Intruders:
         self._federation.trust.members.add(identity)
         return identity
 
+    @contextmanager
+    def pretender(self) -> Iterator[None]:
+        """Runs a node that joined as a device and takes part as a host, until the block ends."""
+        federation = self._federation
+        assert federation.trust is not None
+        node = NodeProcesses(
+            "pretender", federation.server, federation.folder / "nodes" / "pretender", listen=self._pretender, forked=True
+        )
+        node.identity = node.state / "identity"
+        save_identity(self._member("pretender"), node.identity)
+        sync(federation.server, self.stranger.authority)
+        activated = "Activated node_id"
+        seen = federation.superlink.log.read_text("utf-8").count(activated)
+        node.start()
+        try:
+            is_here = lambda: node.ready() and federation.superlink.log.read_text("utf-8").count(activated) > seen  # noqa: E731
+            federation.wait_for(is_here, START_DEADLINE_S, "the pretender")
+            yield
+        finally:
+            node.end()
+            federation.trust.members.revoke("pretender")
+            sync(federation.server, self.stranger.authority)
+
     def knock(self) -> None:
         """Tries every door once."""
         stranger, insider, revoked = map(Security, (self.stranger, self.insider, self.revoked))
         for who, security in (("plain", PLAIN), ("stranger", stranger), ("insider", insider), ("revoked", revoked)):
             self._try(f"{who} at the host", partial(self._link, security, "device-1"))
         self._try("insider as itself at the host", lambda: self._link(insider, "insider"))
+        self._try("pretender as edge-1", lambda: self._link(insider, "insider", self._pretender))
         for who, security in (("plain", PLAIN), ("stranger", stranger), ("revoked", revoked)):
             self._try(f"{who} at the hub", partial(self._measure, security))
         self._try(
@@ -101,9 +129,9 @@ class Intruders:
             outcome = error.details() if isinstance(error, grpc.RpcError) else str(error)
         self.outcomes[what].append(outcome)
 
-    def _link(self, security: Security, node: str) -> None:
+    def _link(self, security: Security, node: str, address: str = "") -> None:
         dial(
-            "edge-1", self._host, "entry edge-1", hello("averaged/1/1", node), ByteCounters(), make_terms(),
+            "edge-1", address or self._host, "entry edge-1", hello("averaged/1/1", node), ByteCounters(), make_terms(),
             self.patience_s, security=security,
         ).close()  # fmt: skip
 
@@ -131,13 +159,20 @@ def test_strangers_are_refused_and_the_run_beside_them_is_the_same(
             attempts += 1
             intruders.knock()
 
-    run = federation.run("strangers", config_of(tiny.name), knock)
+    with intruders.pretender():
+        run = federation.run("strangers", config_of(tiny.name), knock)
+        intruders.knock_until_told("pretender as edge-1", "its certificate is another node's")
     heard.extend(host.poll())
     assert attempts
     ours, theirs = (load_file(path / "adapter/adapter_model.safetensors") for path in (run.path, averaged.path))
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours), "not a micro-batch was done again"
     assert not any(of_kind(heard, LinkLost))
+    (refused,) = run.of_kind(NodeRefused)
+    assert (refused.node, refused.reason.partition(";")[0]) == (
+        "pretender",
+        "joined as a device (with --data) and takes part as an edge server (--role host, without --data)",
+    )
     assert all(not device.left_out for done in run.of_kind(RoundDone) for device in done.devices)
     stage_host, hub = federation.nodes["edge-1"].state / "stage-host.log", federation.folder / "hub.log"
     intruders.knock_until_logged(stage_host, "refused a link of insider")
