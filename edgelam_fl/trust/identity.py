@@ -116,6 +116,11 @@ def fingerprint(certificate: bytes) -> str:
     return hashlib.sha256(_parse(certificate).public_bytes(serialization.Encoding.DER)).hexdigest()
 
 
+def first_certificate(text: bytes) -> bytes:
+    """Returns the first certificate of a text (PEM) and nothing else: a fingerprint vouches for that one alone."""
+    return _parse(text).public_bytes(serialization.Encoding.PEM)
+
+
 def new_key() -> bytes:
     """Makes a private key (ECDSA P-256, PEM)."""
     return ec.generate_private_key(ec.SECP256R1()).private_bytes(

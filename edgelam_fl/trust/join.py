@@ -23,6 +23,7 @@ from edgelam_fl.files import write_private
 from edgelam_fl.trust.identity import (
     Identity,
     fingerprint,
+    first_certificate,
     has_identity,
     identity_of,
     load_identity,
@@ -129,7 +130,7 @@ def _authority_of(invitation: Invitation) -> bytes:
     unverified = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     unverified.check_hostname = False
     unverified.verify_mode = ssl.CERT_NONE
-    authority = str(_ask(invitation.server, unverified, AUTHORITY, {}).get("authority", "")).encode()
+    authority = first_certificate(str(_ask(invitation.server, unverified, AUTHORITY, {}).get("authority", "")).encode())
     if fingerprint(authority) != invitation.fingerprint:
         raise EnvironmentProblem(
             f"the server at {invitation.server} is not the one that the invite is from: its fingerprint begins with "

@@ -226,6 +226,13 @@ def fingerprint_that_does_not_match(scene: Scene) -> Attempt:
     return scene.join(replace(scene.here.invite(), fingerprint=scene.elsewhere.trust.authority.fingerprint))
 
 
+def second_authority_behind_the_right_one(scene: Scene) -> Attempt:
+    """Somebody on the way adds an authority of his own to the server's, whose fingerprint is right."""
+    there = scene.elsewhere.trust.authority
+    there.certificate = scene.here.trust.authority.certificate + there.certificate
+    return scene.join(replace(scene.here.invite(), server=f"127.0.0.1:{scene.elsewhere.port}"))
+
+
 def server_address_not_in_its_certificate(scene: Scene) -> Attempt:
     return scene.join(replace(scene.here.invite(), server=f"127.1:{scene.here.port}"))
 
@@ -284,6 +291,7 @@ def old_client_without_keys(scene: Scene) -> Attempt:
         (name_in_use, Refused, r"the name ann belongs to another node; ask for an invite with another name"),
         (of_a_member_since_revoked, Refused, r"has been used already.*edgelam invite ann"),
         (fingerprint_that_does_not_match, EnvironmentProblem, r"not the one.*Nothing secret was sent.*new invite"),
+        (second_authority_behind_the_right_one, EnvironmentProblem, r"belongs to another federation.*edgelam invite"),
         (server_address_not_in_its_certificate, EnvironmentProblem, r"does not name 127.1.*--address 127.1"),
         (nobody_listens, EnvironmentProblem, r"no server answers at 127.0.0.1:1.*edgelam server"),
         (clock_years_ahead, EnvironmentProblem, r"clock is 2.0 years ahead of the server's.*Set the clock"),
