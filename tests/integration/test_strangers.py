@@ -70,7 +70,11 @@ class Intruders:
         federation = self._federation
         assert federation.trust is not None
         node = NodeProcesses(
-            "pretender", federation.server, federation.folder / "nodes" / "pretender", listen=self._pretender, forked=True
+            "pretender",
+            federation.server,
+            federation.folder / "nodes" / "pretender",
+            listen=self._pretender,
+            forked=True,
         )
         node.identity = node.state / "identity"
         save_identity(self._member("pretender"), node.identity)
