@@ -3,9 +3,9 @@
 Real stage hosts, rounds and strategies in one process, over links in memory: a joint host and four devices whose data are
 skewed by label (as in `edgelam bench`). In each of 20 seeded runs one device sends huge values, values that are not finite,
 gradients with the sign flipped, wrong shapes, or nothing. The others' held-out perplexity is compared with that of the same
-run without the device; then 20 runs have four honest devices. A flipped sign has the size of an honest gradient, so no check of
-sizes sees it: it is measured with the defaults, and with what defends against it, a copy of the hosts' layers per device and a
-robust rule. --smoke: one run per kind, on a model that was not trained before.
+run without the device; then 20 runs have four honest devices. A flipped sign has the size of an honest gradient, and is seen by
+its direction alone: it is measured with the defaults, with nothing split, and with a copy of the hosts' layers per device and
+a robust rule. --smoke: one run per kind, on a model that was not trained before.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ SKEW, ROUNDS, STEPS, LATE_S = "dirichlet:0.3", 2, 8, 4.0
 EXAMPLES, LETTERS, PRETRAINING_STEPS = 1200, 48, 150
 MOST = 1.02  # of the others' perplexity, over that without the device
 ROBUST = ("split.host_mode=copies", "strategy.aggregation=fedmedian")
+UNSPLIT = ("split.hosts=0",)
 KINDS = ("huge", "not finite", "sign-flipped", "bad-shaped", "late")
-DEFAULTS_SEE = tuple(kind for kind in KINDS if kind != "sign-flipped")
 QUICK = (  # of a smoke run
     "federation.rounds=1", "federation.local_steps=5", "federation.batch_size=4", "federation.step_deadline_s=2",
 )  # fmt: skip
@@ -75,6 +75,9 @@ class Way:
 
 def honest(header: pb.Header, tensor: torch.Tensor | None) -> tuple[pb.Header, torch.Tensor | None]:
     return header, tensor
+
+
+FLIPPED_UPDATE = Way("sign-flipped", "update times -1", honest, update=-1.0)
 
 
 def way(kind: str, seed: int) -> Way:
@@ -203,7 +206,7 @@ class Played:
 
     perplexity: float  # geometric mean over the devices that are in all runs
     before: float  # the same before the first round
-    named: frozenset[str]  # nodes that the report's list of incidents names
+    named: frozenset[str]  # devices that the report's list of incidents names
 
 
 def play(
@@ -227,7 +230,8 @@ def play(
         Rounds(spec, exchange, roster, run, folder.name).run()
     events = list(read_events(run.path / EVENTS_FILE))
     first, *_, last = of_kind(events, RoundDone)
-    return Played(_perplexity(last), _perplexity(first), frozenset(who for _, _, who, _ in incidents(events)))
+    named = frozenset(who for _, _, who, _ in incidents(events) if who in DEVICES)
+    return Played(_perplexity(last), _perplexity(first), named)
 
 
 def _perplexity(done: RoundDone) -> float:
@@ -290,25 +294,22 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
             folder / "model", [row["gloss"].upper() for row in rows[EXAMPLES:]], 0 if smoke else PRETRAINING_STEPS
         )
         table = Table(source, rows[: 240 if smoke else EXAMPLES], folder, QUICK if smoke else ())
-        cases = [table.case(kind, seed) for kind in KINDS for seed in range(seeds)]
-        robust = [table.case("sign-flipped", seed, *ROBUST) for seed in range(seeds)]
+        cases = [table.case(way(kind, seed), seed) for kind in KINDS for seed in range(seeds)]
+        unsplit = [table.case(FLIPPED_UPDATE, seed, *UNSPLIT) for seed in range(seeds)]
+        robust = [table.case(way("sign-flipped", seed), seed, *ROBUST) for seed in range(seeds)]
         honest_runs = [table.honest(seed) for seed in range(1 if smoke else 20)]
     figures = [figure for kind in KINDS for figure in of_kind_of_way(kind, [c for c in cases if c.way.kind == kind])]
-    worst = max(case.ratio for case in robust)
-    figures.append(
-        Figure(
-            "sign-flipped, with copies and fedmedian: the others' perplexity, over that without it",
-            round(worst, 4),
-            "x",
-        )
-    )
-    left_out = sum(len(run.named) for run in honest_runs) + sum(len(case.others_named) for case in [*cases, *robust])
+    figures += of_kind_of_way("sign-flipped, nothing split", unsplit)
+    figures += of_kind_of_way("sign-flipped, with copies and fedmedian", robust, has_bar=False)
+    attacked = [*cases, *unsplit, *robust]
+    left_out = sum(len(run.named) for run in honest_runs) + sum(len(case.others_named) for case in attacked)
     learned = max(run.perplexity / run.before for run in honest_runs)
     figures.append(Figure("honest: perplexity at the end, over that at the start", round(learned, 4), "x"))
     figures.append(Figure("honest devices left out, in all runs", left_out, "", "0", left_out == 0))
     settings = {
         "skew": SKEW, "devices": len(DEVICES), "run": [*SETTINGS], "honest runs": len(honest_runs),
         "ways": [{"kind": c.way.kind, "what": c.way.what, "ratio": round(c.ratio, 4), "named": c.named} for c in cases],
+        "sign-flipped, nothing split": [round(case.ratio, 4) for case in unsplit],
         "sign-flipped with copies and fedmedian": [round(case.ratio, 4) for case in robust],
     }  # fmt: skip
     if smoke:
@@ -316,16 +317,15 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
     return settings, figures
 
 
-def of_kind_of_way(kind: str, cases: Sequence[Case]) -> list[Figure]:
-    """Returns the worst run of a kind, and in how many the device was named. A flipped sign is not seen, and has no bar."""
+def of_kind_of_way(kind: str, cases: Sequence[Case], *, has_bar: bool = True) -> list[Figure]:
+    """Returns the worst run of a kind, and in how many the device was named."""
     worst, named = max(case.ratio for case in cases), sum(case.named for case in cases)
-    seen = kind in DEFAULTS_SEE
-    bars = (f"at most {MOST} x", worst <= MOST) if seen else (None, None)
+    bars = (f"at most {MOST} x", worst <= MOST) if has_bar else (None, None)
     return [
         Figure(f"{kind}: the others' perplexity, over that without it", round(worst, 4), "x", *bars),
         Figure(
-            f"{kind}: runs in which it is named", named, "", f"{len(cases)}" if seen else None,
-            named == len(cases) if seen else None,
+            f"{kind}: runs in which it is named", named, "", f"{len(cases)}" if has_bar else None,
+            named == len(cases) if has_bar else None,
         ),
     ]  # fmt: skip
 
@@ -340,9 +340,8 @@ class Table:
         self._without: dict[tuple[int, tuple[str, ...]], float] = {}
         self._runs = 0
 
-    def case(self, kind: str, seed: int, *settings: str) -> Case:
+    def case(self, chosen: Way, seed: int, *settings: str) -> Case:
         """Plays a dishonest run, and the one without the device if it was not played yet."""
-        chosen = way(kind, seed)
         data = self._data(seed)
         if (seed, settings) not in self._without:
             rest = {name: path for name, path in data.items() if name != BAD}
@@ -352,7 +351,7 @@ class Table:
             chosen, played.perplexity / self._without[seed, settings], BAD in played.named, played.named - {BAD}
         )
         print(
-            f"{kind}, {chosen.what}: {found.ratio:.4f} x, named: {found.named}, others: {set(found.others_named)}",
+            f"{chosen.kind}, {chosen.what}: {found.ratio:.4f} x, named: {found.named}, others: {set(found.others_named)}",
             flush=True,
         )
         return found

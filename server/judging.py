@@ -1,21 +1,24 @@
-"""Which contributions are left out of an aggregate: those whose update is far larger than the others'.
+"""Which contributions are left out of an aggregate: those whose update is far larger than the others', or against it.
 
 An update is what a source trained minus what it started from. Its size is the root mean square over all its numbers, so that
 sources with unlike layers compare; devices are compared with devices, sites with sites. As at a host, there are two measures,
 and only what exceeds the factor in both is too large: the size, and the size per learning rate, since a source that made more
-steps went farther. With fewer than three sources nobody can say which is the odd one. Knows no rule of aggregation.
+steps went farther. Of a round whose updates are kept, the directions are judged too, as those of gradients at a host
+(`split.judging`). With fewer than three sources nobody can say which is the odd one. Knows no rule of aggregation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from edgelam_fl.model.adapter import Adapter, Joined, blocks
 from edgelam_fl.plan.layout import Layout, site_source
-from edgelam_fl.split.judging import Size, Sizes
+from edgelam_fl.plan.modes import host_mode
+from edgelam_fl.split.judging import LEAST_SOURCES, Size, Sizes, bearings, direction_problem
+from edgelam_fl.wire import edgelam_pb2 as pb
 from server.global_adapter import at_rank
 from strategies.aggregation.factors import A, is_factor
 from strategies.api import Contribution
@@ -64,6 +67,14 @@ class UpdateJudge:
         self._sizes[source in self.site_sources].add(size)
         return size
 
+    def update(self, contributions: Sequence[Contribution]) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields what a source's tensors gained, without those that are its own and that nobody else gets."""
+        own = self.personal.get(contributions[0].source, {})
+        for contribution in contributions:
+            for name, array in contribution.tensors.items():
+                if name not in own:
+                    yield name, array - self._like(name, self.start[name], array)
+
     def _joined_start(self, tensors: Joined) -> np.ndarray:
         """Returns the numbers that those of `tensors` started from."""
         if tensors.layout not in self._starts:
@@ -99,10 +110,62 @@ def without_outliers(
         by_source.setdefault(contribution.source, []).append(contribution)
     sizes = {source: judge.measure(found) for source, found in by_source.items()}
     problems = {source: problem for source, size in sizes.items() if (problem := judge.problem(source, size))}
+    if judge.factor:
+        problems |= _against_the_others({one: by_source[one] for one in by_source if one not in problems}, judge)
     for site in layout.sites:
         if site_source(site.name) in problems:
             problems |= {name: f"its {site_source(site.name)} is left out" for name in site.members}
     return [one for one in contributions if one.source not in problems], problems
+
+
+@QUIET
+def _against_the_others(by_source: Mapping[str, Sequence[Contribution]], judge: UpdateJudge) -> dict[str, str]:
+    """Returns the sources whose updates point against those of the others of their kind, devices or sites, with the reason.
+
+    Looks at the tensors that sources share, and at factors of one rank.
+    """
+    norms = {one: sum(square_sum(part) for _, part in judge.update(by_source[one])) ** 0.5 for one in by_source}
+    problems = {}
+    for of_sites in (False, True):
+        alike = [one for one in by_source if norms[one] > 0 and (one in judge.site_sources) == of_sites]
+        if len(alike) < LEAST_SOURCES:
+            continue
+        votes = _votes([(by_source[one], norms[one]) for one in alike], judge)
+        for source, bearing in zip(alike, bearings(votes), strict=True):
+            if problem := direction_problem(bearing, "federation.update_factor"):
+                problems[source] = f"an update {problem}"
+    return problems
+
+
+def _votes(updates: Sequence[tuple[Sequence[Contribution], float]], judge: UpdateJudge) -> list[float]:
+    """Returns the dot product of each update's direction with the sum of all directions. `updates`: each with its norm."""
+    total: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}
+    for update, norm in updates:
+        for name, part in judge.update(update):
+            key = name, part.shape
+            total[key] = total.get(key, np.float32(0.0)) + part / np.float32(norm)
+    return [
+        sum(float(np.vdot(part, total[name, part.shape])) for name, part in judge.update(update)) / norm
+        for update, norm in updates
+    ]
+
+
+def spoilers(
+    layout: Layout, plans: Mapping[str, pb.Plan], reports: Iterable[pb.JobReport], refused: Mapping[str, str]
+) -> dict[str, str]:
+    """Returns the devices that others have trained one adapter with, and whose numbers were found out too late for that.
+
+    `reports`: of hosts, which name the devices that they found out after some steps. `refused`: why what a source has
+    trained is not taken; if it gave that, its gradients are not to be trusted either.
+    """
+    late = {one.device: one.reason for report in reports for one in report.host.left_out if one.was_counted}
+    found = {}
+    for site in layout.sites:
+        for name in site.members if site.hosts and site_source(site.name) not in refused else ():
+            plan, reason = plans[name], late.get(name) or refused.get(name)
+            if reason and plan.lora.train_hosts and host_mode(plan.host_mode).is_shared("site"):
+                found[name] = reason
+    return found
 
 
 def square_sum(array: np.ndarray) -> float:

@@ -14,7 +14,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from server.exchange import Missing
 from server.global_adapter import as_start
 from server.holdings import NodeHoldings, holdings_after
-from server.judging import UpdateJudge, first_not_finite, without_outliers
+from server.judging import UpdateJudge, first_not_finite, spoilers, without_outliers
 from server.private_sums import PrivateSums
 from server.replies import (
     Reply,
@@ -31,6 +31,7 @@ from strategies.aggregation.error import aggregation_error
 from strategies.api import Aggregated, Aggregation
 
 _STAYS = "the adapter before the round stays"
+_AGAIN = "what the others trained with it does not count, and the round is done again without it"
 
 
 def receive(
@@ -50,6 +51,7 @@ def receive(
     means = private or (RunningMeans(judge) if planned.sums_on_arrival else None)
     replies: dict[str, Reply] = {}
     problems, codes, silent = dict.fromkeys(planned.plans, "no reply"), dict[str, str](), set()
+    refused: dict[str, str] = {}  # why what a node has trained is not taken
     for answer in answers:
         if isinstance(answer, Missing):
             problems[answer.name], codes[answer.name] = answer.reason, answer.code
@@ -58,6 +60,8 @@ def receive(
         reply, wrong = _read(planned, answer, means)
         if wrong:
             problems[answer.name], codes[answer.name] = wrong, reply.report.code
+            if reply.report.state == "done":
+                refused[answer.name] = wrong
         else:
             replies[answer.name] = reply
         del answer, reply  # an update; else the next one would be fetched while this one is still here
@@ -67,6 +71,7 @@ def receive(
     else:
         found = contributions_of(replies, planned.plans, planned.layout, broken)
         contributions, left_out = without_outliers(found, judge, planned.layout)
+    hosts = [replies[name].report for name, plan in planned.plans.items() if plan.serves and name in replies]
     return Received(
         replies=replies,
         problems={name: reason for name, reason in problems.items() if name not in replies},
@@ -74,6 +79,7 @@ def receive(
         silent=frozenset(silent),
         broken=broken,
         left_out=left_out,
+        spoilers={} if private is not None else spoilers(planned.layout, planned.plans, hosts, refused | left_out),
         devices=[
             name
             for site in planned.layout.sites
@@ -88,15 +94,20 @@ def receive(
 
 def conclude(planned: PlannedRound, received: Received, rule: Aggregation, spec: RunSpec) -> Outcome:
     """Aggregates the contributions. The outcome has no aggregate if there are too few devices (`min_nodes`), no whole
-    site, fewer sources than the rule needs, or if the rule made values that are not finite. A round that chose no device has
-    one: the adapter as it was, with noise if privacy is promised.
+    site, fewer sources than the rule needs, if the rule made values that are not finite, or if a device has spoiled what others
+    trained with it and enough others are there to do the round again. A round that chose no device has one: the adapter as it
+    was, with noise if privacy is promised.
     """
     outcome = Outcome(planned=planned, received=received)
     contributions, chosen = received.contributions, planned.lineup.selected.names
     if not (chosen or contributions):
         return replace(outcome, aggregated=Aggregated({}))  # a round of nobody, which only coins can choose
-    if not contributions or len(received.devices) < min(spec.config.federation.min_nodes, len(chosen)):
+    least = min(spec.config.federation.min_nodes, len(chosen))
+    if not contributions or len(received.devices) < least:
         return outcome
+    if received.spoilers and len(set(received.devices) - received.spoilers.keys()) >= max(1, least):
+        named = "; ".join(f"{name}: {reason}" for name, reason in sorted(received.spoilers.items()))
+        return replace(outcome, problem=f"{named}; {_AGAIN}", spoiled=True)
     start = as_start(planned.start.adapter, spec, planned.facts.round)
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # what they would warn of is looked for below

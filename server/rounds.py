@@ -199,8 +199,11 @@ class Rounds:
                 self.folder.emit(AggregateRefused(round=number, attempt=attempt, reason=refused))
             if is_busy := Busy.code in received.codes.values():
                 self._timing.sleep(_BUSY_S)
+            by_chance = trial.lost_a_host or is_busy or outcome.spoiled  # the next one is without those who spoiled it
             progress = progress.after(planned, trial.kept, by_chance=trial.lost_a_host)
-            tries.failed(by_chance=(trial.lost_a_host or is_busy) and self.privacy is None)  # a private one is paid for
+            if outcome.spoiled:
+                progress = FROM_THE_START  # snapshots are spoiled as well
+            tries.failed(by_chance=by_chance and self.privacy is None)  # a private one is paid for
         problems = [f"{name}: {problem}" for name, problem in sorted(self.roster.problems.items())]
         raise RunFailed(
             f"round {number} failed {tries.number} times: {'; '.join(problems + [refused] * bool(refused))}"
@@ -498,7 +501,8 @@ class Rounds:
         for name in planned.plans:
             if name in received.replies:
                 self.roster.delivered(name)
-                self.pauses.delivered(name)
+                if name not in received.spoilers:
+                    self.pauses.delivered(name)
             elif trial.is_bystander(name):
                 self.roster.problems[name] = received.problems[name]
             else:
@@ -506,9 +510,13 @@ class Rounds:
                 is_silent = name in received.silent and not trial.is_back(name)
                 self.roster.failed(name, reason, code, silent=is_silent, tardy=name in trial.silent)
                 self.folder.emit(NodeLost(round=number, node=name, reason=reason, code=code))
-                if code not in _OTHERS_FAULT and (code or not is_silent):  # whoever is silent is not asked anyway
+                is_its_own = code not in _OTHERS_FAULT and (code or not is_silent)  # the silent are not asked anyway
+                if is_its_own and name not in received.spoilers:
                     self._set_aside(name, number, reason)
-        for source, reason in sorted(received.left_out.items()):
+        for name, reason in sorted(received.spoilers.items()):
+            self._set_aside(name, number, reason)
+        found_out = {name: reason for name, reason in received.spoilers.items() if name in received.replies}
+        for source, reason in sorted({**found_out, **received.left_out}.items()):
             self.folder.emit(ContributionLeftOut(round=number, source=source, reason=reason))
         if planned.facts.steps:
             for site, hosts in received.broken.items():

@@ -142,6 +142,8 @@ class Received:
     """The hosts without a usable reply, by site. Nothing of these sites counts."""
     left_out: Mapping[str, str]
     """Why a usable contribution does not count, by source: its update is far larger than the others'."""
+    spoilers: Mapping[str, str]
+    """Why devices are not trusted with which others have trained one adapter: what these trained is spoiled as well."""
     devices: Sequence[str]
     """The devices whose contributions count: with a usable reply, in sites that are whole."""
     contributions: Sequence[Contribution]
@@ -162,3 +164,5 @@ class Outcome:
     """The aggregate's error against the mean of the sources' products; None: not computed."""
     problem: str = ""
     """Why the contributions could not be aggregated, if that was tried."""
+    spoiled: bool = False
+    """Whether the round has to be done again without those who spoiled it."""

@@ -63,6 +63,8 @@ class ByHand:
         self.step_s = 0.0
         self.seconds = 0.0  # of its training, as it reports
         self.corrections: list[list[adapters.Adapter]] = []
+        self.reports_opposed = ""
+        """A device that it, as a host, says to have worked against the others."""
 
     @property
     def kept_snapshots(self) -> list[pb.StepSnapshot]:
@@ -74,6 +76,10 @@ class ByHand:
         if "adapter" in content:
             self.received.append(from_record(content["adapter"]))
             self.held = {**self.held, **self.received[-1]}
+        if adapters.digest(self.held) != plan.adapter_digest:  # it has more layers than it needs now
+            hosted = hosted_span(plan)
+            spans = [*(end_spans(plan) if plan.routes else []), *([hosted] if hosted is not None else [])]
+            self.held = adapters.slice_of(self.held, spans)
         assert adapters.digest(self.held) == plan.adapter_digest
         self.corrections.append([from_record(content[f"correction-{n}"]) for n in range(len(plan.corrections))])
         snapshots = self.kept_snapshots
@@ -95,6 +101,10 @@ class ByHand:
         hosted = hosted_span(plan)
         if hosted is not None:
             report.host.first_layer, report.host.last_layer = hosted.first, hosted.last
+            if self.reports_opposed in [route.device for route in plan.serves]:
+                report.host.left_out.add(
+                    device=self.reports_opposed, steps=1, reason="gradients against", was_counted=True
+                )
             if plan.steps:
                 weight = sum(LABELS[route.device] for route in plan.serves)
                 report.contributions.add(scope="site", source=plan.site, weight=weight, lr_sum=lr_sum)

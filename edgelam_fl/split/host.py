@@ -167,7 +167,11 @@ class Host:
         """Returns the devices that some step did not count, with the last reason."""
         return [
             pb.DeviceLeftOut(
-                device=m.route.device, steps=m.missed_steps, reason=m.gone or m.missed_for, out=bool(m.gone)
+                device=m.route.device,
+                steps=m.missed_steps,
+                reason=m.gone or m.missed_for,
+                out=bool(m.gone),
+                was_counted=bool(m.opposes and m.labels_trained),
             )
             for _, m in sorted(self.group.members.items())
             if m.missed_for or m.gone

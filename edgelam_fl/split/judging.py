@@ -1,12 +1,20 @@
 """The judgement of numbers that came from another node, before they touch anything that several nodes share.
 
-Knows tensors and sizes; knows neither devices nor steps. `split.lane` asks about the gradients of a turn, `split.turns` about
-the norms that devices report, `split.step` and `split.driver` about what a host sent.
+Knows tensors, sizes and directions; knows neither devices nor steps. `split.lane` asks about the gradients of a turn,
+`split.turns` about the norms that devices report, `split.step` and `split.driver` about what a host sent, and
+`server.judging` about updates.
 
 A gradient is judged by its size, in two measures: what it adds to the step's sum, and what it is per label of its device. A
 device with many labels is large in the first, a device with few labels is noisy in the second, and both are honest: a gradient
 is too large only if it exceeds the factor in both. With fewer than three devices nobody can say which of them is the odd one,
 so there only `MOST_NORM` bounds a gradient.
+
+A flipped sign has an honest size. So directions are judged as well: by the cosine of a source's direction with the sum of the
+others' directions, in which each source has one vote whatever its size. In a single step honest gradients often point against
+each other, if only because the step before went too far. In a round's first step, at the adapter that all start from, and in the
+sum over several steps they hardly ever do, as long as there is something to learn; near the optimum, where all directions together
+vanish, the others do not agree either. So a source is opposed only by the sum over the steps so far, in the first step or after
+a few, and only if the others agree. For that at least two others are needed.
 """
 
 from __future__ import annotations
@@ -14,14 +22,17 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
 MOST_NORM = 1e4  # of a gradient per label: training that is any good stays far below, whatever the model
-LEAST_SOURCES = 3  # for a median
+LEAST_SOURCES = 3  # for a median, and for others who can agree
+_FEW_STEPS = 4  # below so many, but for the first alone, sums of directions say little
+_OPPOSED, _AGREED = -0.5, 0.5  # measured: honest devices with unlike data stay above -0.2
+_CANCELLED = 1e-6  # squared norm of a sum of directions: below it, they cancel out
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,75 @@ class Size:
 
     added: float  # norm of what it adds to the sum
     per_unit: float  # the same per unit of what is behind it: a gradient's per label, an update's per learning rate
+
+
+@dataclass(frozen=True)
+class Bearing:
+    """How the direction of one source lies to those of the others, as two cosines."""
+
+    along: float = 0.0  # of the source with the sum of the others
+    agreed: float = 0.0  # of one of the others with the sum of the rest of them
+
+    @property
+    def is_opposed(self) -> bool:
+        """Whether the source points against others that agree."""
+        return self.along <= _OPPOSED and self.agreed >= _AGREED
+
+
+def bearings(votes: Sequence[float]) -> list[Bearing]:
+    """Returns the bearing of each of several sources; zeros if they are fewer than three.
+
+    `votes`: the dot product of each source's direction, a vector of norm 1, with the sum of all directions.
+    """
+    if len(votes) < LEAST_SOURCES:
+        return [Bearing()] * len(votes)
+    whole = math.fsum(votes)  # the squared norm of the sum
+    return [_bearing(vote, max(0.0, whole - 2 * vote + 1), len(votes) - 1) for vote in votes]
+
+
+def _bearing(vote: float, squared: float, others: int) -> Bearing:
+    """Returns the bearing of a source. `squared`: the squared norm of the sum of the other sources' directions."""
+    cosine = (squared - others) / (others * (others - 1))  # mean of two of the others
+    rest = others - 1
+    agreed = cosine * rest / math.sqrt(max(_CANCELLED, rest + rest * (rest - 1) * cosine))
+    return Bearing((vote - 1) / math.sqrt(squared) if squared > _CANCELLED else 0.0, agreed)
+
+
+@dataclass
+class Course:
+    """The sum of the directions of one source's gradients, over steps."""
+
+    steps: int = 0
+    """The steps whose gradients are summed."""
+    sums: dict[int, torch.Tensor] = field(default_factory=dict)  # by parameter
+
+    @property
+    def says_much(self) -> bool:
+        """Whether the sum may be compared with the others'."""
+        return self.steps == 1 or self.steps >= _FEW_STEPS
+
+    def add(self, gradient: Sequence[torch.Tensor | None], norm: float) -> None:
+        """Adds a step's gradient, which is one vector over all parameters. `norm`: its norm, finite."""
+        import torch  # as in norm_of
+
+        if norm <= 0:
+            return
+        self.steps += 1
+        for number, part in enumerate(gradient):
+            if part is not None:
+                self.sums.setdefault(number, torch.zeros_like(part)).add_(part.detach(), alpha=1 / norm)
+
+
+def bearings_of(courses: Sequence[Course]) -> list[Bearing]:
+    """Returns the bearing of each of several courses; zeros if they are fewer than three."""
+    norms = [norm_of(course.sums.values()) for course in courses]
+    if len(courses) < LEAST_SOURCES or not all(norms):
+        return [Bearing()] * len(courses)
+    whole = Course()
+    for course, norm in zip(courses, norms, strict=True):
+        whole.add([course.sums.get(number) for number in range(1 + max(course.sums))], norm)
+    dots = [[(part * whole.sums[number]).sum() for number, part in course.sums.items()] for course in courses]
+    return bearings([math.fsum(dot.item() for dot in of_one) / norm for of_one, norm in zip(dots, norms, strict=True)])
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -44,6 +124,13 @@ def norm_of(gradients: Iterable[torch.Tensor | None]) -> float:
 
     here = [gradient.detach() for gradient in gradients if gradient is not None]
     return torch.stack(torch._foreach_norm(here)).norm().item() if here else 0.0
+
+
+def direction_problem(bearing: Bearing, setting: str) -> str:
+    """Returns why a source is not used whose direction lies like this to the others'; empty if it is. `setting`: of the run file, which turns this off."""
+    return (
+        f"against the direction in which the others agree ({setting} = 0 would allow it)" if bearing.is_opposed else ""
+    )
 
 
 def size_problem(own: Size, group: Sequence[Size], factor: float) -> str:

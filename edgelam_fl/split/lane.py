@@ -13,7 +13,14 @@ from typing import Any
 import torch
 
 from edgelam_fl.plan.modes import HostMode, Turn
-from edgelam_fl.split.judging import Size, norm_of, size_problem
+from edgelam_fl.split.judging import (
+    LEAST_SOURCES,
+    Size,
+    bearings_of,
+    direction_problem,
+    norm_of,
+    size_problem,
+)
 from edgelam_fl.split.member import Member, crosses
 from edgelam_fl.split.private import PrivateSum
 from edgelam_fl.split.snapshot import Damaged, SourceState
@@ -145,7 +152,8 @@ class Lane:
     def judge_gradients(self, complete: Sequence[Member], factor: float) -> dict[int, str]:
         """Measures the gradients of the open turn; returns the problems of those that must not be added, by device index.
 
-        They are compared with the newest gradients of all the lane's devices. `factor`: as of `size_problem`.
+        Their sizes are compared with the newest ones of all the lane's devices, their directions with each other over the steps
+        so far. `factor`: as of `size_problem`; with 0, no direction is judged either.
         """
         turn = self.turn
         assert turn is not None
@@ -154,7 +162,24 @@ class Lane:
             member.size = Size(norm, norm * self.divisor_of(member) / max(1, member.labels_of(turn.step)))
         group = [member.size for member in self.members if member.size is not None and not member.gone]
         problems = {m.index: size_problem(m.size, group, factor) for m in complete if m.size is not None}
+        if factor and len(turn.members) >= LEAST_SOURCES:
+            sound = [member for member in complete if not problems[member.index]]
+            self._judge_directions(sound)
+            problems |= {member.index: member.opposes for member in sound}
         return {index: problem for index, problem in problems.items() if problem}
+
+    def _judge_directions(self, members: Sequence[Member]) -> None:
+        """Notes which of the open turn's gradients, whose sizes are fine, work against the others'.
+
+        A device that does is not used for the rest of the round, and has no vote any more.
+        """
+        voters = [member for member in members if not member.opposes]
+        for member in voters:
+            member.course.add(member.gradients or [], member.size.added if member.size is not None else 0.0)
+        voters = [member for member in voters if member.course.says_much]
+        for member, bearing in zip(voters, bearings_of([member.course for member in voters]), strict=True):
+            if problem := direction_problem(bearing, "federation.gradient_factor"):
+                member.opposes = f"gradients {problem}"
 
     def close(self, counted: Sequence[Member], left_out: Sequence[Member]) -> pb.StepClose:
         """Closes the open turn: from here on no gradient is added to it."""

@@ -1020,16 +1020,18 @@ class HostPart(_message.Message):
     def __init__(self, first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., bytes: _Optional[_Iterable[_Union[KindBytes, _Mapping]]] = ..., labels_trained: _Optional[int] = ..., left_out: _Optional[_Iterable[_Union[DeviceLeftOut, _Mapping]]] = ..., gradients: _Optional[int] = ..., gradients_clipped: _Optional[int] = ...) -> None: ...
 
 class DeviceLeftOut(_message.Message):
-    __slots__ = ("device", "steps", "reason", "out")
+    __slots__ = ("device", "steps", "reason", "out", "was_counted")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     OUT_FIELD_NUMBER: _ClassVar[int]
+    WAS_COUNTED_FIELD_NUMBER: _ClassVar[int]
     device: str
     steps: int
     reason: str
     out: bool
-    def __init__(self, device: _Optional[str] = ..., steps: _Optional[int] = ..., reason: _Optional[str] = ..., out: _Optional[bool] = ...) -> None: ...
+    was_counted: bool
+    def __init__(self, device: _Optional[str] = ..., steps: _Optional[int] = ..., reason: _Optional[str] = ..., out: _Optional[bool] = ..., was_counted: _Optional[bool] = ...) -> None: ...
 
 class Interval(_message.Message):
     __slots__ = ("kind", "start_s", "seconds", "step", "micro_batch", "role", "peer", "tensor_bytes")

@@ -5,6 +5,7 @@ Each attack runs through the same body, which knows only what must hold for the 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,14 +15,17 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.data.wordnet import SAMPLE
+from benchmarks.dishonest import BAD as DISHONEST
+from benchmarks.dishonest import Way, dealt, honest, play, way
 from benchmarks.hostile import Change, both, dishonest, filled, on, with_a_dishonest_host
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import initial_adapter
-from edgelam_fl.model.source import ModelSource
+from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.telemetry.events import LinkLost, of_kind
 from edgelam_fl.wire import edgelam_pb2 as pb
 from tests.fleet import memory_fleet
-from tests.support import run_config
+from tests.support import run_config, write_tiny_llama
 
 STEPS, BAD, HONEST = 4, "device-3", ("device-1", "device-2")
 LAST_STAGE, GLOBAL, COPIES = "split.labels=last-stage", "optimizer.clip=global", "split.host_mode=copies"
@@ -88,6 +92,7 @@ S7 = {
     "grad_huge": Attack(on(pb.GRAD, filled(1e38)), OVERFLOW),
     "grad_1e6": Attack(on(pb.GRAD, filled(1e6)), TOO_LARGE),
     "grad_500_times": Attack(on(pb.GRAD, lambda tensor: 500 * tensor), "times the median of 3 devices"),
+    "grad_flipped": Attack(on(pb.GRAD, torch.neg), "against the direction in which the others agree"),
 }
 S8 = {
     "labels_beyond_the_vocabulary": Attack(on(pb.LABELS, filled(10**9)), "broke the protocol: labels", (LAST_STAGE,)),
@@ -171,6 +176,24 @@ def test_s7_in_every_mode_with_every_clip_and_optimizer(
 @pytest.mark.parametrize("attack", S8.values(), ids=S8)
 def test_s8_no_frame_of_a_device_ends_the_job_of_all(tiny: ModelSource, data_files: list[Path], attack: Attack) -> None:
     check_attack(tiny, data_files, attack)
+
+
+@pytest.mark.parametrize(
+    "chosen", [way("sign-flipped", 0), Way("not finite", "update of nan", honest, update=NAN)], ids=lambda one: one.kind
+)
+def test_s7_who_is_found_out_late_costs_the_others_a_round_and_nothing_else(tmp_path: Path, chosen: Way) -> None:
+    """Hosts learned from it before; the round is done again, and ends as if it had never been there."""
+    rows = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()[:120]]
+    data = dealt(rows, tmp_path / "data", 0)
+    source = find_model(str(write_tiny_llama(tmp_path / "model", layers=4)))
+    settings = ("federation.rounds=1", "federation.local_steps=4")
+    others = {name: path for name, path in data.items() if name != DISHONEST}
+    alone = play(source, others, tmp_path / "alone", None, settings)
+    attacked = play(source, data, tmp_path / "attacked", chosen, settings)
+    assert attacked.perplexity == pytest.approx(
+        alone.perplexity, rel=1e-3
+    )  # a gradient over other counts rounds otherwise
+    assert (attacked.named, alone.named) == ({DISHONEST}, set())
 
 
 @pytest.mark.parametrize(("kind", "value"), [(pb.GRAD, NAN), (pb.ACT, INF)], ids=["gradient", "hidden states"])

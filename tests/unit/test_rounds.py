@@ -395,6 +395,50 @@ def test_s11_an_update_far_larger_than_the_others_is_left_out_and_named(federati
     ]
 
 
+def test_s11_an_update_against_the_others_is_left_out_and_named(federation: MakeFederation) -> None:
+    """A flipped sign has an honest size."""
+    run = federation("abcd", "", "split.hosts=0", "federation.rounds=1")
+    run.nodes["d"].by = -1.0
+    assert set(moves(run.run(), run.start).values()) == {1}
+    (left,) = run.events("contribution_left_out")
+    assert (left["source"], left["reason"]) == (
+        "d",
+        "an update against the direction in which the others agree (federation.update_factor = 0 would allow it)",
+    )
+
+
+def test_s11_half_of_the_devices_against_the_other_half_are_all_counted(federation: MakeFederation) -> None:
+    run = federation("abcd", "", "split.hosts=0", "federation.rounds=1")
+    run.nodes["c"].by = run.nodes["d"].by = -1.0
+    run.run()
+    assert not run.events("contribution_left_out")
+
+
+@pytest.mark.parametrize("what", ["its own update", "its gradients at the host"])
+def test_s7_a_round_that_a_device_has_spoiled_is_done_again_without_it(federation: MakeFederation, what: str) -> None:
+    """The host's layers have learned from its gradients; a device that is out of line in the end is not trusted with those."""
+    run = federation("abcd", "e", "federation.rounds=1")
+    if what == "its own update":
+        run.nodes["d"].by = -1.0
+    else:
+        run.nodes["e"].reports_opposed = "d"
+    run.run()
+    plans = [event for event in run.events("plan") if event["round"] == 1]
+    assert [event["selected"] for event in plans] == [["a", "b", "c", "d"], ["a", "b", "c"]]
+    (refused,) = run.events("aggregate_refused")
+    assert refused["reason"].startswith("d: ")
+    assert refused["reason"].endswith("and the round is done again without it")
+    (done,) = [event for event in run.events("round_done") if event["round"] == 1]
+    assert [device["name"] for device in done["devices"]] == ["a", "b", "c"]
+
+
+def test_s7_a_spoiled_round_counts_if_the_others_are_too_few_for_another(federation: MakeFederation) -> None:
+    run = federation("abcd", "e", "federation.rounds=1", "federation.min_nodes=4")
+    run.nodes["e"].reports_opposed = "d"
+    run.run()
+    assert not run.events("aggregate_refused")
+
+
 def test_s11_any_size_counts_if_the_factor_is_off(federation: MakeFederation) -> None:
     run = federation("abcd", "", "split.hosts=0", "federation.rounds=1", "federation.update_factor=0")
     run.nodes["d"].by = 1000.0
