@@ -20,7 +20,7 @@ from edgelam_fl.federation.child import log_tail
 from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.hub.link_speed import measure_link
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.telemetry.events import EventTail, JobStarted, LinkLost, NodeRefused, RoundDone, of_kind
+from edgelam_fl.telemetry.events import EventTail, JobStarted, LinkLost, NodeRefused, PlanMade, RoundDone, of_kind
 from edgelam_fl.trust.authority import Authority, issue
 from edgelam_fl.trust.identity import DEVICE, SERVER, Identity, save_identity
 from edgelam_fl.trust.join import sync
@@ -65,30 +65,31 @@ class Intruders:
         return identity
 
     @contextmanager
-    def pretender(self) -> Iterator[None]:
-        """Runs a node that joined as a device and takes part as a host, until the block ends."""
+    def more_nodes(self, data: Path) -> Iterator[None]:
+        """Runs two more nodes until the block ends: a device that takes part as a host, and one whose owner trusts no host."""
         federation = self._federation
         assert federation.trust is not None
-        node = NodeProcesses(
-            "pretender",
-            federation.server,
-            federation.folder / "nodes" / "pretender",
-            listen=self._pretender,
-            forked=True,
-        )
-        node.identity = node.state / "identity"
-        save_identity(self._member("pretender"), node.identity)
+        folder = federation.folder / "nodes"
+        nodes = [
+            NodeProcesses("pretender", federation.server, folder / "pretender", listen=self._pretender, forked=True),
+            NodeProcesses("wary", federation.server, folder / "wary", data, threads=1, trust="none", forked=True),
+        ]
+        for node in nodes:
+            node.identity = node.state / "identity"
+            save_identity(self._member(node.name), node.identity)
         sync(federation.server, self.stranger.authority)
-        activated = "Activated node_id"
-        seen = federation.superlink.log.read_text("utf-8").count(activated)
-        node.start()
+        here = lambda: federation.superlink.log.read_text("utf-8").count("Activated node_id")  # noqa: E731
+        before = here()
+        for node in nodes:
+            node.start()
         try:
-            is_here = lambda: node.ready() and federation.superlink.log.read_text("utf-8").count(activated) > seen  # noqa: E731
-            federation.wait_for(is_here, START_DEADLINE_S, "the pretender")
+            are_here = lambda: all(node.ready() for node in nodes) and here() == before + len(nodes)  # noqa: E731
+            federation.wait_for(are_here, START_DEADLINE_S, "the nodes out of bounds")
             yield
         finally:
-            node.end()
-            federation.trust.members.revoke("pretender")
+            for node in nodes:
+                node.end()
+                federation.trust.members.revoke(node.name)
             sync(federation.server, self.stranger.authority)
 
     def knock(self) -> None:
@@ -163,11 +164,12 @@ def test_strangers_are_refused_and_the_run_beside_them_is_the_same(
             attempts += 1
             intruders.knock()
 
-    with intruders.pretender():
+    with intruders.more_nodes(federation.data["device-1"]):
         run = federation.run("strangers", config_of(tiny.name), knock)
         intruders.knock_until_told("pretender as edge-1", "its certificate is another node's")
     heard.extend(host.poll())
     assert attempts
+    assert all("--trust none" in plan.why["wary"] and "wary" not in plan.selected for plan in run.of_kind(PlanMade))
     ours, theirs = (load_file(path / "adapter/adapter_model.safetensors") for path in (run.path, averaged.path))
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours), "not a micro-batch was done again"
