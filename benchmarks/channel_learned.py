@@ -390,9 +390,9 @@ class Cell:
 
 def cells() -> list[Cell]:
     """Lists all cells, what matters most first."""
-    pairs = [Cell(who, seed, duplex) for seed in SEEDS for duplex in ("tdd", "fdd") for who in (*ENGINE, PLAIN[0])]
+    tdd, fdd = ([Cell(who, seed, duplex) for seed in SEEDS for who in (*ENGINE, PLAIN[0])] for duplex in ("tdd", "fdd"))
     beside = [Cell(who, seed, duplex) for seed in SEEDS for duplex in ("tdd", "fdd") for who in PLAIN[1:]]
-    return [*pairs[:12], *with_few_links(), *pairs[12:], *beside]
+    return [*tdd, *fdd[:3], *with_few_links(), *beside[:4], *fdd[3:], *beside[4:]]
 
 
 def with_few_links() -> list[Cell]:
