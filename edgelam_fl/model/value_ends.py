@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 INPUT_MODULE, OUTPUT_MODULE, NETWORK = "input_module", "output_module", "network"
+MOST_VALUES = 65536
+"""The most values per token that a node computes with, so that a plan cannot ask for all of its memory."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from edgelam_fl.machine import heat
 from edgelam_fl.model.bases import usable_bases
 from edgelam_fl.model.chip import CPU, peak_bytes
 from edgelam_fl.model.lora import MOST_RANK
+from edgelam_fl.model.value_ends import MOST_VALUES, ValueEnds
 from edgelam_fl.node.accepted import AcceptedParts
 from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.node.front_cache import FrontCache, NamesFronts
@@ -37,7 +38,7 @@ from edgelam_fl.node.server_hub import ServerHub
 from edgelam_fl.node.snapshots import Snapshots
 from edgelam_fl.plan.fronts import host_reading_of
 from edgelam_fl.plan.modes import host_mode, label_place
-from edgelam_fl.plan.reading import input_trains, job_id, not_finite, part_id, round_of
+from edgelam_fl.plan.reading import ends_of, input_trains, job_id, not_finite, part_id, round_of
 from edgelam_fl.privacy.limits import HostReading, why_refused
 from edgelam_fl.split.group import RETRY_MS
 from edgelam_fl.split.route import Dial
@@ -336,6 +337,9 @@ def _refusal(plan: pb.Plan, name: str, role: pb.Role, bases: Sequence[str]) -> s
         return f"a plan whose {place} holds a number that is not finite"
     if (rank := max([plan.lora.rank, *(terms.rank for terms in plan.lora.own)])) > MOST_RANK:
         return f"a plan with adapters of rank {rank}; at most {MOST_RANK} is allowed"
+    for values in (ends.features, ends.outputs) if isinstance(ends := ends_of(plan), ValueEnds) else ():
+        if not 1 <= values <= MOST_VALUES:
+            return f"a plan with {values} values per token; 1 to {MOST_VALUES} are allowed"
     if plan.front_cache_bytes and (
         plan.lora.train_front or input_trains(plan) or plan.lora.dropout or plan.model.own_dropout or plan.cut.clip
     ):

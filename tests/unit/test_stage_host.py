@@ -83,6 +83,12 @@ def test_a_plan_that_cannot_be_this_nodes_is_refused(tiny: ModelSource, wrong: d
     assert edge().submit(a_plan(tiny, **wrong)) == pb.SubmitReply(accepted=False, reason=reason, code="mismatch")
 
 
+def radio(plan: pb.Plan, **settings: Any) -> None:
+    """Makes the plan one of channel prediction."""
+    plan.task.kind = "channel-prediction"
+    plan.task.radio.CopyFrom(pb.Radio(**settings))
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -91,6 +97,8 @@ def test_a_plan_that_cannot_be_this_nodes_is_refused(tiny: ModelSource, wrong: d
         (lambda plan: plan.optimizer.lrs.__setitem__(0, math.nan), "a plan whose optimizer.lrs holds a number that is not finite"),
         (lambda plan: setattr(plan.lora, "rank", 4096), "a plan with adapters of rank 4096; at most 1024 is allowed"),
         (lambda plan: plan.lora.own.add(modules=["q_proj"], rank=4096), "a plan with adapters of rank 4096; at most 1024 is allowed"),
+        (lambda plan: radio(plan, history_slots=10**8, future_slots=1), "a plan with 200000011 values per token; 1 to 65536 are allowed"),
+        (lambda plan: radio(plan, history_slots=16, future_slots=0), "a plan with 0 values per token; 1 to 65536 are allowed"),
     ],
 )  # fmt: skip
 def test_numbers_that_no_run_file_allows_are_refused(
