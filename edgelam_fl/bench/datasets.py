@@ -128,8 +128,9 @@ def device_name(number: int) -> str:
 
 
 def _write(path: Path, rows: list[Row], arrays: Arrays) -> None:
+    """Writes rows as examples of texts, or as samples of arrays; without any row an empty file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if arrays:
+    if arrays and rows:
         chosen: dict[str, Any] = {key: array[[int(number) for number, _ in rows]] for key, array in arrays.items()}
         np.savez(path, **chosen)
         return

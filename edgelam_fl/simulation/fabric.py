@@ -33,7 +33,7 @@ from edgelam_fl.simulation.frozen import OnFrozen, frozen_layers, whole_model
 from edgelam_fl.simulation.nodes_file import SimulatedNode, read_federation
 from edgelam_fl.split.route import memory_dial
 from edgelam_fl.tasks.base import Made, Task
-from edgelam_fl.tasks.data import DevicePairs, Pair, pairs_by
+from edgelam_fl.tasks.data import DevicePairs, Pair
 from edgelam_fl.tasks.kinds import device_data
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -71,18 +71,13 @@ class Shared:
     ) -> list[Stage]:
         """Loads as `load_stages`; of a whole model only the layers from the lowest one that learns (`OnFrozen`).
 
-        With the model's own dropout, or below what learns in the place of an embedding, frozen layers give something else in every
-        step, so nothing of them can be kept. `chip`: the
-        CPU, as all nodes of a simulation compute there.
+        With the model's own dropout, or above what learns in the place of an embedding, frozen layers give something else in every
+        step, so nothing of them can be kept. `chip`: the CPU, as all nodes of a simulation compute there.
         """
         assert chip == CPU
         with self._lock:
-            first = frozen_layers(source, lora)
-            if (
-                values is not None
-                or lora.own_dropout
-                or not (first and len(spans) == 1 and whole_model(spans[0], source))
-            ):
+            first = 0 if values is not None or lora.own_dropout else frozen_layers(source, lora)
+            if not (first and len(spans) == 1 and whole_model(spans[0], source)):
                 return self._load(source, spans, base, lora, compute, classes, values)
             key = (source.weights_digest, base, compute, first)
             if key not in self._activations:
@@ -190,13 +185,14 @@ def _spare_profile(request: pb.ProfileRequest) -> pb.Profile:
 
 
 def _reader(held_out: Path) -> ReadPairs:
-    """Returns a reader that takes the held-out pairs from a file of their own."""
+    """Returns a reader that takes the held-out examples from a file of their own; from an empty file, none."""
 
     def read(path: Path, settings: pb.TaskSettings) -> DevicePairs:
-        own = pairs_by(settings, path)
-        if not held_out.stat().st_size:  # fewer examples to measure than devices
-            return DevicePairs(own.pairs, [], own.bad, own.unread)
-        found = DevicePairs(own.pairs, pairs_by(settings, held_out).pairs, own.bad, own.unread)
-        return found.sampled(settings.evaluate_examples)
+        if held_out.stat().st_size:
+            return device_data(path, settings, held_out)
+        none = pb.TaskSettings()  # fewer examples to measure than devices
+        none.CopyFrom(settings)
+        none.held_out = 0.0
+        return device_data(path, none)
 
     return read

@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgelam_fl.model.adapter import Adapter, initial_adapter, slice_of
-from edgelam_fl.model.source import ModelSource
+from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.plan.making import RoundFacts
 from edgelam_fl.plan.reading import spans_of
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.simulation.fabric import Fabric
 from edgelam_fl.simulation.nodes_file import SimulatedNode, write_federation
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import FABRIC_SEPARATOR
+from edgelam_fl.wireless.channels.sectors import Sector
+from server.global_adapter import first_adapter
 from tests.fleet import Fleet, check_done, joined, memory_fleet, same_bits
 from tests.support import run_config
 
@@ -35,13 +39,16 @@ class Node:
         return self._wait(request)
 
 
-def fabric_fleet(source: ModelSource, settings: list[str], files: list[Path], folder: Path, attack: str = "") -> Fleet:
+def fabric_fleet(
+    source: ModelSource, settings: list[str], files: list[Path], folder: Path, attack: str = "", held_out: str = ""
+) -> Fleet:
     config, fabric = run_config(source.name, *settings), Fabric(seats=2)
     edges = [f"edge-{number}" for number in range(1, config.split.least_hosts + 1)]
     devices = {f"device-{number}": file for number, file in enumerate(files, 1)}
     facts = [SimulatedNode(name=name) for name in edges]
     facts += [
-        SimulatedNode(name=name, data=os.path.relpath(file, folder), attack=attack) for name, file in devices.items()
+        SimulatedNode(name=name, data=os.path.relpath(file, folder), attack=attack, held_out=held_out)
+        for name, file in devices.items()
     ]
     write_federation(folder, facts)
     nodes = {fact.name: Node(fabric, folder, number) for number, fact in enumerate(facts)}
@@ -90,3 +97,18 @@ def test_an_attacker_trains_like_any_device_and_sends_something_else(
     assert (own < start.keys()) == bool(hosts)
     assert same_bits(sent, {name: 2 * start[name] - a if name in own else a for name, a in expected.items()})
     assert losses == same_losses
+
+
+@pytest.mark.parametrize("measured", [3, 0])
+def test_a_network_learns_from_arrays_and_is_measured_on_a_file_of_its_own(tmp_path: Path, measured: int) -> None:
+    test, files = tmp_path / "test.npz", [tmp_path / "one.npz"]
+    np.savez(files[0], channels=Sector(4, 3).draw(8, seed=1))
+    test.touch()
+    if measured:
+        np.savez(test, channels=Sector(4, 3).draw(measured, seed=2))
+    settings = ["task.kind=beamforming", "split.hosts=0", "radio.beam_snrs_db=[0.0, 10.0]", "data.held_out=0.25"]
+    fleet = fabric_fleet(find_model("beamformer"), settings, files, tmp_path, held_out=test.name)
+    reports = fleet.run(first_adapter(RunSpec(fleet.config, fleet.source)), 1)
+    check_done(reports)
+    (report,) = reports.values()
+    assert (report.examples, report.eval_labels) == (2 * 8, 2 * measured)
