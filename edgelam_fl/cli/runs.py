@@ -39,7 +39,10 @@ def init(
         str, typer.Option("--model", metavar="NAME", help="Built-in name, folder, .gguf file or hub name.")
     ] = "",
     task: Annotated[
-        str, typer.Option("--task", metavar="KIND", help="causal-lm or classification; by default the data decide.")
+        str,
+        typer.Option(
+            "--task", metavar="KIND", help="What is learned, as task.kind of a run file; by default the data decide."
+        ),
     ] = "",
 ) -> None:
     """Writes a commented run file for your data and model; overwrites nothing.

@@ -23,7 +23,7 @@ from edgelam_fl.names import folded, printable, why_no_name
 from edgelam_fl.plan.making import task_settings
 from edgelam_fl.tasks.arrays import holds_arrays, read_arrays
 from edgelam_fl.tasks.data import DataSettings, DevicePairs
-from edgelam_fl.tasks.kinds import TASKS, device_data
+from edgelam_fl.tasks.kinds import TASKS, device_data, values_of
 from edgelam_fl.tasks.named import local_data
 from edgelam_fl.tasks.suggest import Suggestion, suggest
 
@@ -138,25 +138,32 @@ def sections_for(files: Sequence[Path], model: str, task: str = "") -> tuple[Sec
     """
     check_kind(task)
     source = find_model(model) if model else None
-    sections = _for_model(source) if source else {}
+    read = [local_data(file) for file in files]
+    holds = any(map(holds_arrays, read))
+    of_values = holds or values_of(task) is not None
+    sections = _for_model(source, of_texts=not of_values) if source else {}
     said = [f"model.name = {model!r}"] if source else []
     if "template" in sections.get("task", {}):
         said.append("task.template = 'plain': the model has no chat template")
-    if files:
-        read = [local_data(file) for file in files]
-        arrays = any(map(holds_arrays, read))
-        found = _for_arrays(read, task) if arrays else suggest(read, *_answers_of(source), task)
+    if of_values:
+        found = _for_arrays(read, task) if holds else _for_values(task)
+        _check_network(found, source)
+    elif files:
+        found = suggest(read, *_answers_of(source), task)
         if found.classifies and source is None:
             said.append(f"model.name = {_CLASSIFIER!r}: a model that answers with classes; --model chooses another")
             sections = {"model": {"name": _CLASSIFIER}, "lora": {"targets": ("query", "value")}}
-        _add(sections, found)
-        said += found.said
-        settings = task_settings(RunConfig.model_validate(sections))
-        for file in read:
-            unread = _read(file, settings, len(read)).unread
-            said += [f"not learned: the field {printable(name, 60)!r} of {file}, which no key names" for name in unread]
     elif task and TASKS[task].answers == "class":
         raise ConfigError(f"--task {task} needs --data FILE, to find the names of the classes")
+    else:
+        return sections, said
+    _add(sections, found)
+    said += found.said
+    settings = task_settings(RunConfig.model_validate(sections))
+    field = "array" if of_values else "field"
+    for file in read:
+        unread = _read(file, settings, len(read)).unread
+        said += [f"not learned: the {field} {printable(name, 60)!r} of {file}, which no key names" for name in unread]
     return sections, said
 
 
@@ -174,7 +181,33 @@ def _for_arrays(files: Sequence[Path], task: str) -> Suggestion:
         raise ConfigError(f"{asked}, and {files[0]} holds the arrays {printable(', '.join(given), 120)}")
     kind = task or fit[0]
     read = ", ".join(one.key for one in kinds[kind] if one.key in given)
-    return Suggestion({"task": {"kind": kind}}, [f"task.kind = {kind!r}: {files[0]} holds the arrays {read}"])
+    return _for_values(kind, f": {files[0]} holds the arrays {read}")
+
+
+def _for_values(kind: str, why: str = "") -> Suggestion:
+    """Chooses the keys for a task of values; for one that has a network of its own, that network."""
+    values = values_of(kind)
+    found = Suggestion({"task": {"kind": kind}}, [f"task.kind = {kind!r}{why}"])
+    if values is not None and values.model:
+        found.sections.update(_of_network(values.model))
+        found.said.append(
+            f"model.name = {values.model!r}, split.hosts = 0: the task's own network, whole on each device"
+        )
+    return found
+
+
+def _of_network(name: str) -> Sections:
+    return {"model": {"name": name}, "split": {"hosts": 0}}
+
+
+def _check_network(found: Suggestion, source: ModelSource | None) -> None:
+    """Raises ConfigError if a model was asked for with which the task cannot be learned."""
+    own = found.sections.get("model", {}).get("name", "")
+    if source is not None and source.name != own and (own or source.is_network):
+        allowed = f"model {own!r}, or none" if own else "a language model"
+        raise ConfigError(
+            f"task.kind = {found.sections['task']['kind']!r} cannot be learned by the model {source.name!r}. Allowed: {allowed}"
+        )
 
 
 def _read(file: Path, settings: DataSettings, files: int) -> DevicePairs:
@@ -208,8 +241,14 @@ def _answers_of(source: ModelSource | None) -> tuple[bool | None, bool]:
     return source.family.task_head is not None, has_chat_template(source.folder)
 
 
-def _for_model(source: ModelSource) -> Sections:
-    """Returns the keys that must differ from their defaults so that the file runs with this model."""
+def _for_model(source: ModelSource, *, of_texts: bool) -> Sections:
+    """Returns the keys that must differ from their defaults so that the file runs with this model.
+
+    `of_texts`: whether the task learns from texts.
+    """
+    if source.is_network:
+        kind = next(name for name, kind in TASKS.items() if kind.values and kind.values.model == source.name)
+        return {**_of_network(source.name), "task": {"kind": kind}}
     check_tokens(source)
     sections: Sections = {"model": {"name": source.name}}
     standard = RunConfig()
@@ -223,6 +262,6 @@ def _for_model(source: ModelSource) -> Sections:
         target_modules(source, standard.lora.targets)
     except ConfigError:
         sections["lora"] = {"targets": ("all-linear",)}
-    if source.family.task_head is None and not has_chat_template(source.folder):
+    if of_texts and source.family.task_head is None and not has_chat_template(source.folder):
         sections["task"] = {**sections.get("task", {}), "template": "plain"}
     return sections

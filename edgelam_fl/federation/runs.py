@@ -148,7 +148,7 @@ def run_here(
     EnvironmentProblem for what is wrong with the data, or with this machine, before anything starts.
     """
     view, names = _view_of(console, config), names or numbered(len(data))
-    with waiting(console, "reading the data with the model's tokenizer"):
+    with waiting(console, "reading the data"):
         said = _looked_into(config, data, names, folder, eval_data)
     for line in [*choices, *said]:
         view.say(line)

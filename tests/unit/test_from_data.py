@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from edgelam_fl.config import RunConfig
@@ -18,6 +19,8 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.names import why_no_name
 from edgelam_fl.plan.making import task_settings
 from edgelam_fl.tasks.data import device_pairs, pairs_by
+from edgelam_fl.wireless.channels.sectors import Sector
+from server.checks import check_config
 from tests.support import run_config
 
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -124,6 +127,32 @@ def test_fields_that_are_named_are_not_guessed(tmp_path: Path) -> None:
     file = written(tmp_path / "a.jsonl", *({"x": f"q{n}", "y": f"a{n}", "answer": "no"} for n in range(4)))
     made = config_from_data([file], ["data.fields.prompt=x", "data.fields.answer=y"])
     assert (made.config.data.fields.prompt, made.config.data.fields.answer, made.said) == ("x", "y", [])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "changed"),
+    [
+        (
+            {"channels": Sector(4, 3).draw(4, seed=1)},
+            {"model": {"name": "beamformer"}, "split": {"hosts": 0}, "task": {"kind": "beamforming"}},
+        ),
+        (
+            {"up": np.ones((4, 20, 2, 2), np.complex64) * np.arange(1, 5)[:, None, None, None], "speed_kmh": np.ones(4)},
+            {"task": {"kind": "channel-prediction"}},
+        ),
+    ],
+)  # fmt: skip
+def test_arrays_alone_make_a_run_file_that_can_be_run(
+    tmp_path: Path, tiny: ModelSource, arrays: dict[str, Any], changed: dict[str, Any]
+) -> None:
+    np.savez(tmp_path / "cell.npz", **arrays)
+    kind, own = changed["task"]["kind"], changed.get("model", {}).get("name", "")
+    made = config_from_data([tmp_path / "cell.npz"])
+    assert made.config == RunConfig.model_validate(changed) == config_from_data([], task=kind).config
+    model = f"model.name={own or tiny.name}"  # the tiny model has no chat template, which is nothing to say here
+    check_config(config_from_data([tmp_path / "cell.npz"], [model]).config)
+    with pytest.raises(ConfigError, match=f"{kind}' cannot be learned by the model"):
+        config_from_data([tmp_path / "cell.npz"], [f"model.name={tiny.name if own else 'beamformer'}"])
 
 
 # ---------------------------------------------------------------- one data set for several devices
