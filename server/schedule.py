@@ -213,7 +213,7 @@ class Schedule:
         """
         delivered = sorted(name for name in chosen if name in replies)
         for name in delivered:
-            facts = measured(name, number, replies[name].report)
+            facts = measured(name, number, replies[name].report, of_values=self.spec.values is not None)
             share_bps = plans[name].routes[0].share_bps or math.inf
             held_up = facts.rate_bps is not None and facts.rate_bps < _BELOW_SHARE * share_bps
             self._measured[name] = replace(facts, limit_bps=facts.rate_bps if held_up else None)
@@ -226,8 +226,8 @@ class Schedule:
             strategy.capabilities.observe(outcome)
 
 
-def measured(name: str, number: int, report: pb.JobReport) -> Candidate:
-    """Returns a device's round in numbers. The reported numbers are not trusted to be finite."""
+def measured(name: str, number: int, report: pb.JobReport, *, of_values: bool = False) -> Candidate:
+    """Returns a device's round in numbers. The reported numbers are not trusted to be finite. `of_values`: of a task of values."""
     steps = [step for step in report.steps if step.counted and step.labels]
     labels = sum(step.labels for step in steps)
     loss = sum(step.loss_sum for step in steps) / labels if labels else math.nan
@@ -242,7 +242,7 @@ def measured(name: str, number: int, report: pb.JobReport) -> Candidate:
         compute_s=_sane(report.compute_seconds),
         payload_bytes=float(sum(count.payload_bytes + count.framing_bytes for count in report.bytes)),
         rate_bps=send_rate_bps(report),
-        metric=_metric(report),
+        metric=_metric(report, of_values),
     )
 
 
@@ -310,13 +310,16 @@ def check_shares(config: RunConfig, shares: Mapping[str, float], devices: Collec
         raise RunFailed(f"strategy.bandwidth = {config.strategy.bandwidth!r} gave the shares {values}: {problem}")
 
 
-def _metric(report: pb.JobReport) -> float | None:
+def _metric(report: pb.JobReport, of_values: bool) -> float | None:
     if not report.eval_labels:
         return None
+    loss = max(report.eval_loss_sum / report.eval_labels, 0.0)
     if "correct" in report.eval_sums:
         metric = report.eval_sums["correct"] / report.eval_labels
+    elif of_values:
+        metric = 1 / (1 + loss)  # no cross-entropy: of tens of missing bits the exponential is next to 0
     else:
-        metric = math.exp(min(-report.eval_loss_sum / report.eval_labels, 0.0))
+        metric = math.exp(-loss)
     return metric if math.isfinite(metric) else None
 
 

@@ -58,7 +58,8 @@ class Candidate:
     rate_bps: float | None = None  # rate at which it sent tensors
     limit_bps: float | None = None  # limit of its own link, if that link was seen to slow it down
     snr: float | None = None  # over the whole band, if the capacity is a band in Hz (strategies.bandwidth.links)
-    metric: float | None = None  # quality of the adapter on its held-out data, 0 to 1: accuracy, else 1 / perplexity
+    metric: float | None = None
+    """Quality of the adapter on its held-out data, 0 to 1: accuracy, else 1 / perplexity; of a task of values 1 / (1 + loss)."""
     tags: frozenset[str] = frozenset()
     memory_bytes: int = 0  # free memory
 

@@ -225,6 +225,8 @@ def test_what_a_round_shows_of_a_device() -> None:
     assert (facts.last_round, facts.last_seconds, facts.payload_bytes) == (7, 2.5, 1000)
     assert facts.metric == math.exp(-6 / 4)
     assert measured("a", 7, report(eval_labels=4, eval_sums={"correct": 3})).metric == 3 / 4
+    values = report(eval_loss_sum=4 * 1000.0, eval_labels=4)
+    assert measured("a", 7, values, of_values=True).metric == pytest.approx(1 / 1001)
 
 
 def test_nonsense_in_a_report_is_not_believed() -> None:
