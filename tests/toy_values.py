@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from edgelam_fl.array_files import Array
 from edgelam_fl.model.value_ends import ValueEnds
-from edgelam_fl.tasks.arrays import SAMPLES, Array, Sample
+from edgelam_fl.tasks.arrays import SAMPLES, Sample
 from edgelam_fl.tasks.base import Made, Unit, ValueExample, real_rows, value_units
 from edgelam_fl.tasks.kinds import TaskKind, Values
 from edgelam_fl.wire import edgelam_pb2 as pb

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from edgelam_fl.array_files import ARRAYS
 from edgelam_fl.cli.options import messages
 from edgelam_fl.cli.run_file import explained
 from edgelam_fl.config import RunConfig, read_run_file
@@ -21,7 +22,7 @@ from edgelam_fl.federation.from_data import MOST_DEVICES, config_from_data, devi
 from edgelam_fl.federation.local import numbered
 from edgelam_fl.federation.runs import check_run, new_folder, run_here
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.tasks.files import ARRAYS, SUFFIXES
+from edgelam_fl.tasks.files import SUFFIXES
 from edgelam_fl.tasks.named import local_data
 from edgelam_fl.telemetry.waiting import waiting
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgelam_fl.array_files import holds_arrays
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, DataError
 from edgelam_fl.federation.from_data import MOST_DEVICES
 from edgelam_fl.plan.making import task_settings
-from edgelam_fl.tasks.arrays import holds_arrays
 from edgelam_fl.tasks.data import answer_of, pairs_by
 from edgelam_fl.tasks.files import scan
 from edgelam_fl.tasks.named import local_data

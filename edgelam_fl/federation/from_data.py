@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgelam_fl.array_files import holds_arrays, read_arrays
 from edgelam_fl.config import RunConfig, parse_run_file, toml_value
 from edgelam_fl.errors import ConfigError, DataError, nearest
 from edgelam_fl.model.adapter import target_modules
@@ -21,7 +22,6 @@ from edgelam_fl.model.limits import check_tokens, positions_of
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.names import folded, printable, why_no_name
 from edgelam_fl.plan.making import task_settings
-from edgelam_fl.tasks.arrays import holds_arrays, read_arrays
 from edgelam_fl.tasks.data import DataSettings, DevicePairs
 from edgelam_fl.tasks.kinds import TASKS, device_data, values_of
 from edgelam_fl.tasks.named import local_data

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from edgelam_fl.addresses import answers, check_plain_text, split_address
+from edgelam_fl.array_files import holds_arrays, read_arrays
 from edgelam_fl.bounds import check_modules
 from edgelam_fl.config import most_read_by_hosts
 from edgelam_fl.errors import INTERRUPTED, ConfigError, EnvironmentProblem
@@ -24,7 +25,6 @@ from edgelam_fl.files import Hold, holder_of
 from edgelam_fl.machine import since_boot_s
 from edgelam_fl.names import why_no_tag
 from edgelam_fl.privacy.limits import percent
-from edgelam_fl.tasks.arrays import holds_arrays, read_arrays
 from edgelam_fl.tasks.files import check_readable
 from edgelam_fl.telemetry.events import (
     EVENTS_FILE,

@@ -15,13 +15,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
+from edgelam_fl.array_files import holds_arrays
 from edgelam_fl.errors import DataError
 from edgelam_fl.names import printable
 from edgelam_fl.tasks.tables import MAGIC, TABLES, table_files, table_rows
 
 FORMATS = "a .jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow file, or the folder of a data set"
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", *TABLES)
-ARRAYS = (".npz", ".safetensors")  # of tasks that learn from values: read by tasks.arrays
 PASSAGE = "passage"  # the only value in a record of a plain text
 
 Record = tuple[str, dict[str, Any]]  # its place, such as "line 3"; named values
@@ -72,7 +72,7 @@ def format_of(path: Path) -> str:
             magic = file.read(4)
     except (OSError, ValueError):
         magic = b""
-    if suffix in ARRAYS:
+    if holds_arrays(path):
         return "arrays"
     if magic in MAGIC or suffix in TABLES:
         return "Parquet" if magic == MAGIC[0] or (magic != MAGIC[1] and suffix == ".parquet") else "Arrow"

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from edgelam_fl.array_files import Array
 from edgelam_fl.errors import ConfigError, nearest
 from edgelam_fl.model.value_ends import ValueModel
-from edgelam_fl.tasks.arrays import Array, Sample, device_samples
+from edgelam_fl.tasks.arrays import Sample, device_samples
 from edgelam_fl.tasks.arrays import place_of as place_of_sample
 from edgelam_fl.tasks.data import DataSettings, DevicePairs, Pair, TaskSettings, device_pairs, place_of
 from edgelam_fl.tasks.metrics import check_metrics

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from edgelam_fl.array_files import Array
 from edgelam_fl.model.value_ends import OwnNetwork, ValueEnds
-from edgelam_fl.tasks.arrays import SAMPLES, Array
+from edgelam_fl.tasks.arrays import SAMPLES
 
 _BAND = (SAMPLES, "slots", "subcarriers", "ports")
 DIRECTIONS, DELAY_BINS = 8, 48  # spatial eigenvectors and delay bins that a series may be of

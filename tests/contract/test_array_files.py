@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from edgelam_fl.array_files import Array, read_arrays
 from edgelam_fl.errors import DataError
-from edgelam_fl.tasks.arrays import SAMPLES, Array, Sample, device_samples, read_arrays
+from edgelam_fl.tasks.arrays import SAMPLES, Sample, device_samples
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 ARRAYS = (
@@ -116,7 +117,7 @@ def test_arrays_that_do_not_fit_are_refused_with_the_axes_that_are_meant(tmp_pat
     ("name", "content", "words"),
     [
         ("none.npz", None, "no data file at"),
-        ("a.jsonl", b"{}", "is no file of arrays: this task takes a .npz or .safetensors file of arrays"),
+        ("a.jsonl", b"{}", "is no file of arrays: a .npz or .safetensors file of arrays is read here"),
         ("a.npz", b"PK\x03\x04 and no more", "cannot be read as arrays"),
         ("a.safetensors", b"\xff" * 64, "cannot be read as arrays"),
         ("b.npz", b"", "cannot be read as arrays"),

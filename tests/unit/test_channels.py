@@ -197,17 +197,18 @@ UP = np.ones((3, SLOTS, 4, 2), np.complex64)
 @pytest.mark.parametrize(
     ("other", "message"),
     [
+        ({"up": UP.transpose(0, 2, 1, 3)}, r"'down' is .* with 4 slots in another array"),
+        ({"up": UP[:, 1:], "down": UP[:, 1:]}, r"has 19 slots, .* \[links, 20 slots, subcarriers, antenna ports\]"),
+        ({"up": UP.real}, r"'up' is float32 .* complex \(or real, with real and imaginary part as a last axis of 2\)"),
+        ({"up": UP[0]}, r"'up' \[links, slots, subcarriers, antenna ports\]"),
+        ({"up": UP[:0]}, "with no links"),
+        ({"up": UP, "down": UP[:2]}, "with 3 links in another array"),
+        ({"up": UP, "down": UP, "speed_kmh": np.ones(2)}, r"'speed_kmh' is \[2\], with 3 links in another array"),
         (
-            {"up": UP.transpose(0, 2, 1, 3)},
-            r"'up' is complex64 \[3, 4, 20, 2\]. Its axes are \[links, 20 slots, subcarriers",
+            {"up": UP * np.array([1, 0, 1])[:, None, None, None], "down": UP},
+            "link 1: 'up' has no power: all its numbers are 0",
         ),
-        ({"up": UP.real}, "'up' is float32 .* complex; or real, with real and imaginary part as a fifth axis"),
-        ({"up": UP[0]}, "Its axes are"),
-        ({"up": UP[:0]}, "Its axes are"),
-        ({"up": UP, "down": UP[:2]}, "do not belong together"),
-        ({"up": UP, "down": UP, "speed_kmh": np.ones(2)}, "speed_kmh has one number per link"),
-        ({"up": UP * np.array([1, 0, 1])[:, None, None, None]}, r"link 1 of 'up' has no power .* \(1 such links\)"),
-        ({"down": UP * np.nan}, "link 0 of 'down' has no power or values that are not finite"),
+        ({"up": UP, "down": UP * np.nan}, "link 0: 'down' holds a number that is not finite"),
     ],
 )
 def test_wrong_axes_and_values_are_named(tmp_path: Path, other: dict[str, np.ndarray], message: str) -> None:
@@ -222,6 +223,6 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     (tmp_path / "csi.mat").write_bytes(b"no")
     faults = {"half.npz": "no array 'down'", "broken.npz": "cannot be read", "broken.safetensors": "cannot be read"}
-    for name, message in {**faults, "csi.mat": "are read from", "none.npz": "does not exist"}.items():
+    for name, message in {**faults, "csi.mat": "is no file of arrays", "none.npz": "no data file at"}.items():
         with pytest.raises(DataError, match=message):
             read_links(tmp_path / name)
