@@ -14,7 +14,7 @@ from pathlib import Path
 from edgelam_fl.bounds import Bounds
 from edgelam_fl.config import AUTO, RunConfig, toml_value
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
-from edgelam_fl.federation.data_check import FileSeen
+from edgelam_fl.federation.data_check import FileSeen, outside_words
 from edgelam_fl.federation.flower_app import app_module
 from edgelam_fl.federation.local import bounds_of_a_local_run
 from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
@@ -118,6 +118,7 @@ def before_words(spec: RunSpec, seen: Sequence[FileSeen], names: Sequence[str]) 
     """Yields what a run comes to, and what of it does nothing for these devices, each without a full stop."""
     for name, each in zip(names, seen, strict=False):
         yield from (f"{name}: {words}" for words in each.in_words())
+    yield from outside_words(seen)
     yield from resolved_of(spec, seen).in_words()
     yield from open_words(spec.config)
     if names:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from edgelam_fl.federation.template import in_fork
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.names import printable
 from edgelam_fl.plan.making import task_settings
-from edgelam_fl.tasks.arrays import Sample
+from edgelam_fl.tasks.arrays import Sample, ranges_of
 from edgelam_fl.tasks.data import Chat, DevicePairs, Pair
 from edgelam_fl.tasks.files import format_of
 from edgelam_fl.tasks.kinds import device_data, make_task, place_in, values_of
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 _PLACES_SAID, _CLASSES_SAID = 5, 12
 _SHOWN_CHARACTERS, _SHOWN_LINES = 400, 12  # of each stretch of an example, and of the whole
 _LEARNED = ("⟦", "⟧")
+
+
+Ranges = Mapping[str, tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,10 @@ class FileSeen:
     """The file of the examples that are held out; empty: they are a share of its own."""
     also_learned: int = 0
     """Examples of that file that are learned as well."""
+    learned_ranges: Ranges = field(default_factory=dict)
+    """Of samples of arrays, what those to learn lie between: numbers per sample by key, lengths of axes by name."""
+    measured_ranges: Ranges = field(default_factory=dict)
+    """The same of those to measure."""
 
     def in_words(self) -> list[str]:
         """Returns a sentence on what is read, and one for each thing that is left out or cut, without full stops."""
@@ -98,6 +105,23 @@ class FileSeen:
         if len(lines) > _SHOWN_LINES:
             lines[_SHOWN_LINES // 2 : -_SHOWN_LINES // 2] = ["..."]
         return [wrapped for line in lines for wrapped in textwrap.wrap(line, 110, break_on_hyphens=False) or [""]]
+
+
+def outside_words(seen: Sequence[FileSeen]) -> Iterator[str]:
+    """Says which evaluation files have samples outside of what any device learns, such as other speeds or numbers of users."""
+    for each in (each for each in seen if each.eval_file):
+        for name, (low, high) in each.measured_ranges.items():
+            learned = [one.learned_ranges[name] for one in seen if name in one.learned_ranges] or [(low, high)]
+            least, most = min(lows for lows, _ in learned), max(highs for _, highs in learned)
+            if low < least or high > most:
+                yield (
+                    f"WARNING: {each.eval_file} has {name} = {_range(low, high)} to measure, outside of the {_range(least, most)} that are "
+                    f"learned"
+                )
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def _shortened(text: str) -> str:
@@ -172,6 +196,7 @@ def _seen(file: Path, eval_file: Path | None, task: Task, settings: pb.TaskSetti
         bad_places=found.bad[:_PLACES_SAID], unread=found.unread, first=tuple(task.seen(made.examples[0])),
         classes=_class_counts(found.training, settings),
         eval_file=str(eval_file) if eval_file else "", also_learned=found.also_learned,
+        learned_ranges=_ranges(found.training, settings), measured_ranges=_ranges(found.held_out, settings),
     )  # fmt: skip
 
 
@@ -189,6 +214,11 @@ def _shape(pairs: Sequence[Any], settings: pb.TaskSettings) -> str:
         for prompt, _ in pairs
     }
     return " and ".join(sorted(kinds))
+
+
+def _ranges(examples: Sequence[Any], settings: pb.TaskSettings) -> Ranges:
+    values = values_of(settings.kind)
+    return ranges_of(examples, values.arrays) if values is not None else {}
 
 
 def _class_counts(pairs: Sequence[Any], settings: pb.TaskSettings) -> tuple[tuple[str, int], ...]:

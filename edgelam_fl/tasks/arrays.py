@@ -37,6 +37,19 @@ def place_of(number: int) -> str:
     return f"sample {number}"
 
 
+def ranges_of(samples: Sequence[Sample], arrays: Sequence[Array]) -> dict[str, tuple[float, float]]:
+    """Returns the least and the greatest of what an array has once per sample, by key, and of the lengths of axes, by their names."""
+    found: dict[str, tuple[float, float]] = {}
+    for one in samples:
+        for array in (array for array in arrays if array.key in one.arrays):
+            own = one.arrays[array.key]
+            named = zip(array.axes[1:], own.shape, strict=True) if own.ndim else [(array.key, float(own))]
+            for name, value in named:
+                low, high = found.get(name, (value, value))
+                found[name] = min(low, value), max(high, value)
+    return found
+
+
 def device_samples(
     path: Path, settings: DataSettings, arrays: Sequence[Array], eval_file: Path | None = None
 ) -> DevicePairs:
@@ -51,7 +64,8 @@ def device_samples(
         measured = [one for one in training if _key(one) in held_out]
         training = [one for one in training if _key(one) not in held_out]
     else:
-        measured, more_bad, _ = _read(eval_file, settings, arrays)
+        measured, more_bad, more_unread = _read(eval_file, settings, arrays)
+        unread = tuple(dict.fromkeys((*unread, *more_unread)))
         bad += tuple(f"evaluation file, {place}" for place in more_bad)
         learned = set(map(_key, training))
         also_learned = sum(_key(one) in learned for one in measured)

@@ -6,6 +6,7 @@ import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgelam_fl.errors import (
@@ -22,13 +23,14 @@ from edgelam_fl.errors import (
     is_final,
     known_code,
 )
-from edgelam_fl.federation.data_check import check_files, eval_files, look_into
+from edgelam_fl.federation.data_check import check_files, eval_files, look_into, outside_words
 from edgelam_fl.federation.dealing import deal_file, read_split
 from edgelam_fl.federation.from_data import config_from_data
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.plan.making import task_settings
 from edgelam_fl.tasks.kinds import TASKS, make_task
+from edgelam_fl.wireless.channels.sectors import Sector
 from tests.support import run_config
 from tests.toy_values import KIND, SERIES, TOY, write_series
 from tests.toy_values import SETTINGS as TOY_SETTINGS
@@ -137,3 +139,16 @@ def test_samples_of_arrays_are_seen_as_examples_of_texts_are(
         config_from_data([file], task="causal-lm")
     with pytest.raises(ConfigError, match=r"--split 2:iid deals texts, and .* holds arrays"):
         deal_file(file, config, read_split("2"), tmp_path)
+
+
+def test_what_is_measured_outside_of_what_is_learned_is_said_with_the_range(tmp_path: Path) -> None:
+    settings = task_settings(run_config("beamformer", "task.kind=beamforming", "data.held_out=0.25"))
+    files = [tmp_path / f"{users}.npz" for users in (3, 4, 6)]
+    for users, file in zip((3, 4, 6), files, strict=True):
+        np.savez(file, channels=Sector(8, users).draw(4, seed=users))
+    few, more, most = files
+    seen = look_into([few, more], settings.SerializeToString(), tmp_path, [None, most])
+    assert list(outside_words(seen)) == [
+        f"WARNING: {most} has users = 6 to measure, outside of the 3 to 4 that are learned"
+    ]
+    assert not [*outside_words(look_into([few, more], settings.SerializeToString(), tmp_path, [more, few]))]
