@@ -6,6 +6,7 @@ Imports no torch, but for a network of our own: the server draws these tensors, 
 from __future__ import annotations
 
 import importlib
+import math
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -54,6 +55,10 @@ class ValueEnds:
                 shapes[f"{module}.maps.{number}.bias"] = (following,)
         return shapes
 
+    def count(self, hidden_size: int) -> int:
+        """Counts the numbers of all tensors."""
+        return sum(map(math.prod, self.shapes(hidden_size).values()))
+
     def first_values(self, hidden_size: int, seed: int) -> Iterator[tuple[str, np.ndarray]]:
         """Yields each tensor as a run begins with it, from the seed and the tensor's name alone, in fp32.
 
@@ -99,6 +104,10 @@ class OwnNetwork:
     def shapes(self, _: int) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of all tensors by their names in the model."""
         return {f"{NETWORK}.{name}": tuple(tensor.shape) for name, tensor in self.make().named_parameters()}
+
+    def count(self, _: int) -> int:
+        """Counts the numbers of all tensors, without making the network."""
+        return self.weights
 
     def first_values(self, _: int, seed: int) -> Iterator[tuple[str, np.ndarray]]:
         """Yields each tensor as a run begins with it, in fp32."""

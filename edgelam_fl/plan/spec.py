@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from edgelam_fl.config import RunConfig
@@ -11,7 +10,7 @@ from edgelam_fl.model.base_names import FP32_BYTES, ITEM_BYTES
 from edgelam_fl.model.cut import CutAdapter
 from edgelam_fl.model.lora import LoraKind, OwnTerms, own_terms
 from edgelam_fl.model.source import ModelSource, find_model
-from edgelam_fl.model.value_ends import OwnNetwork, ValueModel
+from edgelam_fl.model.value_ends import ValueModel
 from edgelam_fl.tasks.kinds import values_of
 from edgelam_fl.wire.codec_bytes import CODEC_BYTES
 
@@ -71,9 +70,8 @@ class RunSpec:
     @property
     def value_weights(self) -> int:
         """Counts the numbers of what stands in the places of embedding and head; 0 for a task of texts."""
-        if isinstance(self.values, OwnNetwork):
-            return self.values.weights
-        return sum(map(math.prod, self.values.shapes(self.source.hidden_size).values())) if self.values else 0
+        values = self.values
+        return values.count(self.source.hidden_size) if values is not None else 0
 
     @property
     def outputs(self) -> int:
