@@ -351,7 +351,7 @@ def test_a_measure_at_places_is_drawn_over_them_beside_the_methods_that_it_is_co
             values = {"": 2.0 + 0.75 * number, "RZF": 4.0}
             device["points"] = [[who, snr, value, 1 + at] for snr in (0, 10) for who, value in values.items()]
             device |= {"perplexity": None, "metrics": {measure.partition(",")[0]: values[""]}}
-    done[-1]["devices"][0]["points"].append(["", 20, 8.0, 4])
+    done[-1]["devices"][0]["points"] += [["", 20, 8.0, 4], ["ZF", 10, 9.0, 1]]  # not measured on the other devices
     page = report_of(tmp_path, events)
     figure = figures_of(page)["points"]
     lines = {line["name"]: (line["x"], line["y"]) for line in figure["lines"]}

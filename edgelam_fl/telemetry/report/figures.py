@@ -158,11 +158,24 @@ def _points_figure(rounds: Sequence[RoundDone], measure: str) -> dict[str, Any]:
 
 
 def pooled_points(done: RoundDone) -> dict[str, dict[float, float | None]]:
-    """Returns the means over all devices of a round by who, and there by place, in order."""
+    """Returns the means over all devices of a round by who, and there by place, in order.
+
+    A method that was not measured on all values of a place, as zero forcing where users outnumber antennas, has no mean there: it
+    would be one over easier cells than the model's.
+    """
     found: dict[str, dict[float, list[MeasuredPoint]]] = {}
     for point in sorted(point for device in done.devices for point in device.points):
         found.setdefault(point.who, {}).setdefault(point.at, []).append(point)
-    return {who: {at: mean_of(points) for at, points in line.items()} for who, line in found.items()}
+    most = {at: sum(point.values for point in points) for at, points in found.get("", {}).items()}
+    kept = {
+        who: {
+            at: mean_of(points)
+            for at, points in line.items()
+            if sum(point.values for point in points) >= most.get(at, 0)
+        }
+        for who, line in found.items()
+    }
+    return {who: line for who, line in kept.items() if line}
 
 
 def _points_line(name: str, colour: str, line: Mapping[float, float | None], measure: str) -> dict[str, Any]:
