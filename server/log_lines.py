@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from edgelam_fl.telemetry.events import DeviceResult, RoundDone
 from edgelam_fl.telemetry.human import human_bytes, human_count, human_seconds
+from edgelam_fl.telemetry.measures import MEASURES, human_measure
 from edgelam_fl.telemetry.summary import is_training_round, pooled
 
 
@@ -36,7 +37,7 @@ def _means(devices: Sequence[DeviceResult], trains: bool) -> Iterator[str]:
     if not held_out:
         yield "nothing held out was measured"
     for measure, value in held_out.items():
-        yield f"held-out {measure} {value:.4f}{when}"
+        yield f"held-out {measure} {_number(measure, value)}{when}"
         if measure == "perplexity" and 0 < value < math.inf:
             yield f"held-out loss {math.log(value):.4f}{when}"
 
@@ -49,11 +50,17 @@ def _numbers(device: DeviceResult, trains: bool) -> Iterator[str]:
     measured = {"perplexity": device.perplexity, **device.metrics}
     for measure, value in measured.items():
         if value is not None:
-            yield f"held-out {measure} {value:.4f}{_when(trains)}"
+            yield f"held-out {measure} {_number(measure, value)}{_when(trains)}"
     if device.tokens and device.train_seconds:
         yield f"{device.tokens / device.train_seconds:.0f} tokens/s"
     if device.bytes_up is not None and device.bytes_down is not None:
         yield f"sent {human_bytes(device.bytes_up)}, received {human_bytes(device.bytes_down)}"
+
+
+def _number(measure: str, value: float) -> str:
+    """Writes a held-out value: a measure in dB as people read it, any other as it is."""
+    in_db = measure in MEASURES and MEASURES[measure].decibels
+    return human_measure(measure, value) if in_db else f"{value:.4f}"
 
 
 def _when(trains: bool) -> str:

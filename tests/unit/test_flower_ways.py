@@ -116,6 +116,8 @@ def test_a_round_logs_means_over_labels_and_each_device() -> None:
         "  ann: 24 examples, train loss 2.0000, held-out perplexity 7.3891 at its start, 150 tokens/s, sent 1.00 kB, received 2.00 kB"
     )
     assert bob == "  bob: train loss 1.0000, held-out perplexity 2.7183 at its start"
+    *_, of_values = lines_of(round_done(1, perplexity=None, metrics={"NMSE": 0.1}), 3)
+    assert of_values == "  bob: train loss 1.0000, held-out NMSE -10.00 dB at its start"
 
 
 def test_the_last_evaluation_is_no_round() -> None:
