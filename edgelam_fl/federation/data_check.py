@@ -62,6 +62,8 @@ class FileSeen:
     """How many of the examples to learn have each class of task.classes; none for another task."""
     first: tuple[tuple[str, bool], ...]
     """The first example as the model gets it: texts in their order, each with whether it is learned."""
+    remarks: tuple[str, ...] = ()
+    """What else is to be known of the examples, as a sentence without a full stop each."""
     eval_file: str = ""
     """The file of the examples that are held out; empty: they are a share of its own."""
     also_learned: int = 0
@@ -88,7 +90,7 @@ class FileSeen:
         if self.unread:
             fields = "the field" if len(self.unread) == 1 else "the fields"
             lines.append(f"not learned: {fields} {printable(', '.join(self.unread), 200)}")
-        return lines
+        return [*lines, *self.remarks]
 
     def words_of_first(self, model: str) -> str:
         """Says what the lines of the first example are."""
@@ -196,6 +198,7 @@ def _seen(file: Path, eval_file: Path | None, task: Task, settings: pb.TaskSetti
         bad_places=found.bad[:_PLACES_SAID], unread=found.unread, first=tuple(task.seen(made.examples[0])),
         classes=_class_counts(found.training, settings),
         eval_file=str(eval_file) if eval_file else "", also_learned=found.also_learned,
+        remarks=(*made.remarks, *(f"to measure: {words}" for words in measured.remarks)),
         learned_ranges=_ranges(found.training, settings), measured_ranges=_ranges(found.held_out, settings),
     )  # fmt: skip
 

@@ -59,6 +59,8 @@ class Made:
     """Pairs of which no example was made because the model's chat template refuses them (data.bad_lines = "skip")."""
     cut_answers: int = 0
     """Examples among `cut` whose answer lost a part."""
+    remarks: tuple[str, ...] = ()
+    """What else the owner of the data should know of them, in words without a full stop."""
 
 
 def template_refuses(made: Made) -> str:

@@ -16,8 +16,9 @@ from edgelam_fl.tasks.arrays import Sample
 from edgelam_fl.tasks.base import Made, Unit, ValueExample, value_units
 from edgelam_fl.tasks.points import MODEL, sums_at
 from edgelam_fl.tasks.radio import RadioTaskSettings
+from edgelam_fl.telemetry.human import human_count
 from edgelam_fl.wireless.beamforming.downlink import downlink_at, noise_at, sum_rates
-from edgelam_fl.wireless.beamforming.precoders import mrt, rzf, wmmse, zero_forcing
+from edgelam_fl.wireless.beamforming.precoders import mrt, rzf, singular_cells, wmmse, zero_forcing
 from edgelam_fl.wireless.beamforming.values import beams_of, channels_of, values_of
 
 
@@ -30,12 +31,14 @@ class Beamforming:
     def examples(self, samples: Sequence[Sample]) -> Made:
         """Makes an example of each sample at each SNR, whose labels are its inputs: the channels say what a beam is worth."""
         noise_S = torch.tensor([noise_at(snr_db) for snr_db in self._snrs_db])
-        made = []
+        made, singular = [], 0
         for sample in samples:
-            channels_SKM = torch.from_numpy(sample.arrays["channels"]).expand(len(noise_S), -1, -1)
-            for values_KF in values_of(channels_SKM, noise_S).numpy():
+            channels_1KM = torch.from_numpy(sample.arrays["channels"])[None]
+            singular += int(singular_cells(channels_1KM.to(torch.complex128)).sum())
+            for values_KF in values_of(channels_1KM.expand(len(noise_S), -1, -1), noise_S).numpy():
                 made.append(ValueExample(values_KF, values_KF, 1))
-        return Made(made)
+        told = f"a singular channel matrix in {singular} of {human_count(len(samples), 'sample')}: zero forcing is regularised there"
+        return Made(made, remarks=(told,) if singular else ())
 
     def units(self, examples: Sequence[ValueExample], pieces: int) -> list[Unit]:
         return value_units(examples, pieces)

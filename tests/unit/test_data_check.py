@@ -152,3 +152,12 @@ def test_what_is_measured_outside_of_what_is_learned_is_said_with_the_range(tmp_
         f"WARNING: {most} has users = 6 to measure, outside of the 3 to 4 that are learned"
     ]
     assert not [*outside_words(look_into([few, more], settings.SerializeToString(), tmp_path, [more, few]))]
+
+
+def test_singular_channels_are_counted_before_anything_starts(tmp_path: Path) -> None:
+    channels = Sector(4, 3).draw(5, seed=1)
+    channels[[0, 2], 1] = 2 * channels[[0, 2], 0]
+    np.savez(tmp_path / "cell.npz", channels=channels)
+    settings = task_settings(run_config("beamformer", "task.kind=beamforming", "data.held_out=0.0"))
+    (seen,) = look_into([tmp_path / "cell.npz"], settings.SerializeToString(), tmp_path)
+    assert seen.in_words()[-1] == "a singular channel matrix in 2 of 5 samples: zero forcing is regularised there"
