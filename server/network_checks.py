@@ -17,7 +17,6 @@ _USED = {
     "split": ("hosts", "micro_batches"),
     "lora": (),
     "task": ("kind", "max_tokens"),
-    "radio": ("beam_snrs_db",),
     "wire": ("capacity",),
 }
 
@@ -38,11 +37,6 @@ def check_network(config: RunConfig, aggregation: Capabilities) -> None:
             f"another model.name"
         )
     if not own:
-        if values is not None and (given := changed_keys(config).get("radio.beam_snrs_db")):
-            raise ConfigError(
-                f"radio.beam_snrs_db = {toml_value(given)} has no effect with task.kind = {kind!r}. Allowed: leave it out, or task.kind = "
-                f"'beamforming'"
-            )
         return
     if config.split.hosts != 0:
         raise ConfigError(

@@ -1,11 +1,14 @@
-"""Checks a run file for settings that are about texts in a task of values, and for [radio] in a task of texts. Knows no model."""
+"""Checks a run file for settings that are about texts in a task of values, and for keys of [radio] that a task does not use.
+
+Knows no model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
-from edgelam_fl.config import RunConfig
+from edgelam_fl.config import RunConfig, changed_keys, toml_value
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import LM_HEAD
 from edgelam_fl.plan.modes import label_place
@@ -27,15 +30,18 @@ class _Unfit(NamedTuple):
 def check_values(config: RunConfig) -> None:
     """Raises ConfigError for the first setting that does not go with what the task learns from."""
     kind = config.task.kind
-    if values_of(kind) is None:
-        _check_no_radio(config)
+    values = values_of(kind)
+    if values is None:
+        _check_no_values(config)
+        _check_radio(config, ())
         return
+    _check_radio(config, values.settings)
     found = next(_unfit(config), None)
     if found is not None:
         raise ConfigError(
             f"{found.key} = {found.value!r} cannot be combined with task.kind = {kind!r}: {found.why}. Allowed: {found.allowed}"
         )
-    if config.radio.series > config.task.max_tokens:
+    if "series" in values.settings and config.radio.series > config.task.max_tokens:
         raise ConfigError(
             f"radio.series = {config.radio.series} must be at most task.max_tokens = {config.task.max_tokens}, as each series is a token. "
             f"Allowed: fewer series, or a larger max_tokens"
@@ -60,7 +66,22 @@ def check_private_modules(config: RunConfig, aggregation: Capabilities) -> None:
         )
 
 
-def _check_no_radio(config: RunConfig) -> None:
+def _check_radio(config: RunConfig, used: Collection[str]) -> None:
+    """Raises ConfigError for a key of [radio] that the task does not use."""
+    for key, value in changed_keys(config).items():
+        section, _, name = key.partition(".")
+        if section == "radio" and name not in used:
+            kinds = " or ".join(
+                repr(each) for each, kind in TASKS.items() if kind.values and name in kind.values.settings
+            )
+            raise ConfigError(
+                f"{key} = {toml_value(value)} has no effect with task.kind = {config.task.kind!r}, which does not use it. Allowed: leave it "
+                f"out, or task.kind = {kinds}"
+            )
+
+
+def _check_no_values(config: RunConfig) -> None:
+    """Raises ConfigError for a key outside [radio] that is for tasks of values, in a task of texts."""
     if config.model.layers:
         raise ConfigError(
             f"model.layers = {config.model.layers} is for tasks of values, and task.kind = {config.task.kind!r} learns from texts, which takes "
@@ -71,14 +92,6 @@ def _check_no_radio(config: RunConfig) -> None:
             f"task.private_modules = {list(config.task.private_modules)} is for tasks of values, and task.kind = {config.task.kind!r} learns "
             f"from texts. Allowed: leave it out, or for layers privacy.private_front = true"
         )
-    standard = RunConfig().radio
-    for key, value in config.radio.model_dump().items():
-        if value != getattr(standard, key):
-            kinds = " or ".join(repr(name) for name, kind in TASKS.items() if kind.values) or "a task of values"
-            raise ConfigError(
-                f"radio.{key} = {value!r} has no effect with task.kind = {config.task.kind!r}, which learns from texts. Allowed: leave it "
-                f"out, or task.kind = {kinds}"
-            )
 
 
 def _unfit(config: RunConfig) -> Iterator[_Unfit]:

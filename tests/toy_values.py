@@ -56,6 +56,7 @@ TOY = TaskKind(
     values=Values(
         (Array("series", (SAMPLES, "tokens", "slots"), is_complex=False),),
         lambda radio: ValueEnds(radio.history_slots, radio.future_slots, places=(SERIES,), hidden_in=(8,)),
+        settings=("history_slots", "future_slots", "series"),
     ),
 )
 

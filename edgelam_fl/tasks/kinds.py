@@ -32,6 +32,8 @@ class Values:
     """The arrays of a device's file."""
     ends: Callable[[RadioSettings], ValueModel]
     """Returns the sizes of what stands in the places of embedding and head, or the network in the place of a model."""
+    settings: tuple[str, ...]
+    """The keys of [radio] that the task uses."""
     model: str = ""
     """The one model.name of the task; empty: any language model."""
 
@@ -49,10 +51,14 @@ TASKS = {
     "causal-lm": TaskKind("edgelam_fl.tasks.causal_lm:CausalLm"),
     "classification": TaskKind("edgelam_fl.tasks.classification:Classification", answers="class"),
     "channel-prediction": TaskKind(
-        "edgelam_fl.tasks.channel_prediction:ChannelPrediction", answers="values", values=Values(CHANNELS, channel_ends)
+        "edgelam_fl.tasks.channel_prediction:ChannelPrediction",
+        answers="values",
+        values=Values(CHANNELS, channel_ends, ("snr_db", "history_slots", "future_slots", "series", "duplex")),
     ),
     "beamforming": TaskKind(
-        "edgelam_fl.tasks.beamforming:Beamforming", answers="values", values=Values(CELLS, beam_network, BEAMFORMER)
+        "edgelam_fl.tasks.beamforming:Beamforming",
+        answers="values",
+        values=Values(CELLS, beam_network, ("beam_snrs_db",), BEAMFORMER),
     ),
 }
 

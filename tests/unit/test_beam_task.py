@@ -113,7 +113,7 @@ def test_a_plan_counts_as_many_parameters_as_the_network_has() -> None:
         (["split.hosts=0", "lora.rank=4"], "lora.rank = 4 has no effect with task.kind = 'beamforming'"),
         (["split.hosts=0", "wire.activation_codec=fp16"], "wire.activation_codec = \"fp16\" has no effect"),
         (["split.hosts=0", "split.front=1"], "of [split], split.hosts, split.micro_batches"),
-        (["split.hosts=0", "radio.history_slots=4"], "of [radio], radio.beam_snrs_db"),
+        (["split.hosts=0", "radio.history_slots=4"], "which does not use it. Allowed: leave it out, or task.kind = 'channel-prediction'"),
         (["split.hosts=0", "strategy.aggregation=ffa"], "strategy.aggregation = 'ffa' is about the factors of LoRA"),
         (["split.hosts=0", "model.name=smollm2-135m"], "Allowed: model.name = 'beamformer'"),
         (["split.hosts=0", "task.kind=causal-lm"], "Allowed: task.kind = 'beamforming', or another model.name"),

@@ -176,6 +176,7 @@ def test_settings_that_go_with_values(tiny: ModelSource, overrides: list[str]) -
         (["task.kind=causal-lm", "task.private_modules=input"], "is for tasks of values, and task.kind = 'causal-lm' learns from texts"),
         (["task.kind=causal-lm", "radio.history_slots=16", "radio.future_slots=4", "model.layers=2"], "model.layers = 2 is for tasks of values"),
         (["model.layers=7"], "model.layers = 7 is more than .* has. Allowed: 0 to 6, 0 for all"),
+        (["radio.beam_snrs_db=[3.0]"], r"radio.beam_snrs_db = \[3.0\] has no effect with .* task.kind = 'beamforming'"),
         (["radio.series=129"], "radio.series = 129 must be at most task.max_tokens = 128"),
         (["task.classes=['a','b']"], "task.classes is for task.kind = 'classification', got 'toy-series'"),
         (["task.packing=true"], "task.packing = true is for task.kind = 'causal-lm', and 'toy-series' has one sample per row"),
