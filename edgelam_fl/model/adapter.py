@@ -2,7 +2,8 @@
 
 `base_model.model.model.layers.15.self_attn.q_proj.lora_A.weight` is [rank, in], `...lora_B.weight` is [out, rank].
 A task head is part of it as a whole: `base_model.model.classifier.weight` is [classes, hidden], with its `.bias`; so are
-the modules of modules_to_save, and those of a model of values: `base_model.model.input_module...` and `...output_module...`. With DoRA `...q_proj.lora_magnitude_vector` is [out].
+the modules of modules_to_save, and those of a model of values: `base_model.model.input_module...` and `...output_module...`, or
+`...network...` with all that a network of our own has. With DoRA `...q_proj.lora_magnitude_vector` is [out].
 A module may have carry factors in addition (`model.carry`), and a route a cut adapter (`model.cut`).
 The stages of a route hold disjoint sets of names, so joining their adapters is a dict merge.
 """

@@ -474,7 +474,8 @@ def load_stages(
 
     Reads only the tensors of the spans: resident memory grows with the slice, never with the model. compute: "float32",
     "bfloat16", or "" for the base's own. classes: the number of outputs of a classifier; its head is zero until an adapter is
-    loaded, and so are the modules of a model that takes and gives `values`. read: gets the tensors. chip: what they are computed on, one by one brought there.
+    loaded, and so are the modules of a model that takes and gives `values`. read: gets the tensors. chip: what they are computed
+    on, one by one brought there.
     """
     if isinstance(values, OwnNetwork):
         return [NetworkStage(values, source.family, chip) for _ in spans]

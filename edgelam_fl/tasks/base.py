@@ -118,8 +118,9 @@ class Task(Protocol):
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Returns a loss sum in fp32 (to be divided by counts), and the sums of other metrics by name.
 
-        output: logits [N, V], or values [N, O], at the positions `rows`, some or all of `loss_rows` (None: all of them); if `loss_rows` is None, the
-        head's whole output. labels: of the whole micro-batch. A function of tensors only, as `loss_rows` is. training: whether the loss is learned from, with task.label_smoothing; what is only measured is without it.
+        output: logits [N, V], or values [N, O], at the positions `rows`, some or all of `loss_rows` (None: all of them); if `loss_rows`
+        is None, the head's whole output. labels: of the whole micro-batch. A function of tensors only, as `loss_rows` is. training:
+        whether the loss is learned from, with task.label_smoothing; what is only measured is without it.
         """
         ...
 
