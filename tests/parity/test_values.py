@@ -164,12 +164,14 @@ def test_the_first_layers_of_a_model_are_a_model_of_so_many(
     assert same_bits(*found)
 
 
-@pytest.mark.parametrize("mode", ["joint", "sequential"])
-def test_the_number_of_hosts_changes_no_bit(tiny: ModelSource, series_files: list[Path], mode: str) -> None:
-    each = [
-        trained(tiny, values_config(tiny, f"split.hosts={hosts}", "split.front=0", "split.back=1", f"split.host_mode={mode}"), series_files)
-        for hosts in (1, 2)
-    ]  # fmt: skip
+@pytest.mark.parametrize(
+    ("mode", "other"), [("joint", "split.hosts=2"), ("sequential", "split.hosts=2"), ("joint", "split.host_on=any")]
+)
+def test_how_many_and_which_hosts_there_are_changes_no_bit(
+    tiny: ModelSource, series_files: list[Path], mode: str, other: str
+) -> None:
+    settings = ["split.hosts=1", "split.front=0", "split.back=1", f"split.host_mode={mode}"]
+    each = [trained(tiny, values_config(tiny, *settings, *more), series_files) for more in ([], [other])]
     (one, first), (two, second) = each
     assert same_bits(one, two)
     for device in ("device-1", "device-2", "device-3"):
