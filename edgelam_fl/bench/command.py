@@ -43,6 +43,7 @@ def bench(console: Console, file: Path, out: Path | None, jobs: int) -> int:
         wait.update(f"reading {matrix.bench.dataset}")
         data = datasets.load(matrix.bench, matrix.folder)
         configs = check_cells(matrix, data.classes)
+        datasets.check_fits(matrix.bench.dataset, data, next(iter(configs.values())).task.kind)
     out = (out or Path("runs") / f"bench-{matrix.name}").expanduser().absolute()
     if not matrix.tune.keys:
         return _finish(console, matrix, configs, data, out, Results(out, matrix), jobs)

@@ -19,6 +19,7 @@ from edgelam_fl.bench.matrix import Bench, Cell, attackers
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.simulation.nodes_file import SimulatedNode, write_federation
 from edgelam_fl.tasks.files import read_records
+from edgelam_fl.tasks.kinds import values_of
 from edgelam_fl.tasks.named import local_data
 from edgelam_fl.tasks.partition import deal
 from edgelam_fl.wireless.channels.paths import Paths
@@ -66,6 +67,18 @@ def load(bench: Bench, folder: Path) -> Data:
     learned = {answer for _, answer in training}
     unlearned = [row for row in test if classes and row[1] not in learned]  # no device could learn these classes
     return Data(training + unlearned, [row for row in test if row not in unlearned], classes)
+
+
+def check_fits(dataset: str, data: Data, kind: str) -> None:
+    """Raises ConfigError if a task of this kind does not learn from what the data set holds."""
+    values = values_of(kind)
+    needed = [array.key for array in values.arrays if array.required] if values is not None else []
+    if bool(needed) != bool(data.arrays) or not {*needed} <= data.arrays.keys():
+        holds, learns = (f"the arrays {', '.join(keys)}" if keys else "texts" for keys in (data.arrays, needed))
+        raise ConfigError(
+            f"bench.dataset = {dataset!r} holds {holds}, and task.kind = {kind!r} learns from {learns}. Allowed: 'sectors' with "
+            f"'beamforming', 'links' with 'channel-prediction', any other data set with a task of texts"
+        )
 
 
 def _sectors(count: int) -> tuple[Arrays, list[str]]:

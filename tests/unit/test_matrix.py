@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edgelam_fl.bench import command, runner
-from edgelam_fl.bench.datasets import Data, load, write_cell
+from edgelam_fl.bench.datasets import Data, check_fits, load, write_cell
 from edgelam_fl.bench.matrix import Bench, Tune, read_matrix
 from edgelam_fl.bench.plot import over_epsilon
 from edgelam_fl.bench.reference import ONE_DEVICE, one_device
@@ -451,6 +451,10 @@ def test_samples_of_sectors_are_dealt_as_arrays_and_a_skew_deals_kinds(tmp_path:
     test = [np.load(tmp_path / f"device-00{number}.test.npz")["channels"] for number in (1, 2, 3)]
     assert len({one.tobytes() for part in (*held, *test) for one in part}) == 90, "each sample is in one place"
     assert {kind for _, kind in data.training} == {"wide", "narrow", "uneven"}
+    check_fits("sectors", data, "beamforming")
+    for kind, learns in (("channel-prediction", "the arrays up, speed_kmh"), ("causal-lm", "texts")):
+        with pytest.raises(ConfigError, match=f"'sectors' holds the arrays channels, and .* learns from {learns}"):
+            check_fits("sectors", data, kind)
 
 
 def measured(devices: Iterable[dict[str, object]]) -> list[Event]:
