@@ -3,8 +3,8 @@
 An update is what a source trained minus what it started from. Its size is the root mean square over all its numbers, so that
 sources with unlike layers compare; devices are compared with devices, sites with sites. As at a host, there are two measures,
 and only what exceeds the factor in both is too large: the size, and the size per learning rate, since a source that made more
-steps went farther. Of a round whose updates are kept, the directions are judged too, as those of gradients at a host
-(`split.judging`). With fewer than three sources nobody can say which is the odd one. Knows no rule of aggregation.
+steps went farther. Of a round whose updates are kept, the directions are judged too if the task answers with texts, as those of
+gradients at a host (`split.judging`). With fewer than three sources nobody can say which is the odd one. Knows no rule of aggregation.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class UpdateJudge:
     """How many times the median is still fine; 0: any size (federation.update_factor)."""
     rslora: bool = False
     """Whether factors are scaled by the root of their rank (lora.use_rslora)."""
+    directions: bool = False
+    """Whether honest updates do not point against each other in this task."""
     _sizes: dict[bool, Sizes] = field(default_factory=lambda: {False: Sizes(), True: Sizes()})  # of devices, of sites
     _starts: dict[tuple[object, ...], np.ndarray] = field(default_factory=dict)  # the start's numbers, by layout
 
@@ -110,7 +112,7 @@ def without_outliers(
         by_source.setdefault(contribution.source, []).append(contribution)
     sizes = {source: judge.measure(found) for source, found in by_source.items()}
     problems = {source: problem for source, size in sizes.items() if (problem := judge.problem(source, size))}
-    if judge.factor:
+    if judge.factor and judge.directions:
         problems |= _against_the_others({one: by_source[one] for one in by_source if one not in problems}, judge)
     for site in layout.sites:
         if site_source(site.name) in problems:
@@ -131,7 +133,7 @@ def _against_the_others(by_source: Mapping[str, Sequence[Contribution]], judge: 
         if len(alike) < LEAST_SOURCES:
             continue
         votes = _votes([(by_source[one], norms[one]) for one in alike], judge)
-        for source, bearing in zip(alike, bearings(votes), strict=True):
+        for source, bearing in zip(alike, bearings(votes, [norms[one] for one in alike]), strict=True):
             if problem := direction_problem(bearing, "federation.update_factor"):
                 problems[source] = f"an update {problem}"
     return problems
@@ -151,18 +153,22 @@ def _votes(updates: Sequence[tuple[Sequence[Contribution], float]], judge: Updat
 
 
 def spoilers(
-    layout: Layout, plans: Mapping[str, pb.Plan], reports: Iterable[pb.JobReport], refused: Mapping[str, str]
+    layout: Layout, plans: Mapping[str, pb.Plan], reports: Mapping[str, pb.JobReport], refused: Mapping[str, str]
 ) -> dict[str, str]:
     """Returns the devices that others have trained one adapter with, and whose numbers were found out too late for that.
 
-    `reports`: of hosts, which name the devices that they found out after some steps. `refused`: why what a source has
+    `reports`: of hosts, by name, which name the devices of their site that they found out after some steps. `refused`: why what a source has
     trained is not taken; if it gave that, its gradients are not to be trusted either.
     """
-    late = {one.device: one.reason for report in reports for one in report.host.left_out if one.was_counted}
+    late = {
+        host: {one.device: one.reason for one in report.host.left_out if one.was_counted}
+        for host, report in reports.items()
+    }
     found = {}
     for site in layout.sites:
+        of_site = {name: why for host in site.hosts for name, why in late.get(host.name, {}).items()}
         for name in site.members if site.hosts and site_source(site.name) not in refused else ():
-            plan, reason = plans[name], late.get(name) or refused.get(name)
+            plan, reason = plans[name], of_site.get(name) or refused.get(name)
             if reason and plan.lora.train_hosts and host_mode(plan.host_mode).is_shared("site"):
                 found[name] = reason
     return found

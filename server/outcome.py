@@ -10,6 +10,7 @@ import numpy as np
 from edgelam_fl.errors import TooFewSources
 from edgelam_fl.plan.layout import site_source
 from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.tasks.kinds import points_alike
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.exchange import Missing
 from server.global_adapter import as_start
@@ -47,7 +48,8 @@ def receive(
     """
     site_sources = frozenset(site_source(site.name) for site in planned.layout.sites)
     rslora = any(plan.lora.rslora for plan in planned.plans.values())
-    judge = UpdateJudge(planned.start.adapter, planned.start.personal, site_sources, update_factor, rslora)
+    directions = all(points_alike(plan.task.kind) for plan in planned.plans.values())
+    judge = UpdateJudge(planned.start.adapter, planned.start.personal, site_sources, update_factor, rslora, directions)
     means = private or (RunningMeans(judge) if planned.sums_on_arrival else None)
     replies: dict[str, Reply] = {}
     problems, codes, silent = dict.fromkeys(planned.plans, "no reply"), dict[str, str](), set()
@@ -71,7 +73,7 @@ def receive(
     else:
         found = contributions_of(replies, planned.plans, planned.layout, broken)
         contributions, left_out = without_outliers(found, judge, planned.layout)
-    hosts = [replies[name].report for name, plan in planned.plans.items() if plan.serves and name in replies]
+    hosts = {name: replies[name].report for name, plan in planned.plans.items() if plan.serves and name in replies}
     return Received(
         replies=replies,
         problems={name: reason for name, reason in problems.items() if name not in replies},

@@ -443,12 +443,12 @@ class FederationSection(Section):
     gradient_factor: float = Field(
         30.0,
         ge=0,
-        description="a device whose gradient is larger than so many times the median of its host's devices is left out of the step, and after three in a row of the round, as is one whose gradients work against those of the others; 0: any size and direction, and so with privacy, which clips it",
+        description="a device whose gradient is larger than so many times the median of its host's devices is left out of the step, and after three in a row of the round, as is one whose gradients work against those of the others in a task of texts; 0: any size and direction, and so with privacy, which clips it",
     )
     update_factor: float = Field(
         12.0,
         ge=0,
-        description="a contribution whose update is larger than so many times the median of the others is left out of the aggregate, and in a round of up to 32 nodes one that points against theirs; 0: any size and direction, and so with privacy, which clips it",
+        description="a contribution whose update is larger than so many times the median of the others is left out of the aggregate, and in a task of texts, in a round of up to 32 nodes, one that points against theirs; 0: any size and direction, and so with privacy, which clips it",
     )
 
 

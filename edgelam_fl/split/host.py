@@ -42,6 +42,7 @@ from edgelam_fl.split.trainee import Trainee
 from edgelam_fl.split.turns import DecidesTurns, FollowsTurns, Handler, Turns
 from edgelam_fl.split.workers import Work, Workers
 from edgelam_fl.tasks.base import Task, segments_of
+from edgelam_fl.tasks.kinds import points_alike
 from edgelam_fl.telemetry.events import EmitInJob
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame, Link
@@ -97,7 +98,15 @@ class Host:
         private = PrivateSum(plan.privacy, secret_generator()) if plan.privacy.step_clip else None
         mode = host_mode(plan.host_mode)
         source = site_lane(members[0].route.device if mode.has_copies else "")
-        return Lane(members, trainee, mode, source, plan.HasField("privacy"), private)
+        return Lane(
+            members,
+            trainee,
+            mode,
+            source,
+            divides_alone=plan.HasField("privacy"),
+            judges_directions=points_alike(plan.task.kind),
+            private=private,
+        )
 
     def restore(self, states: Mapping[str, SourceState]) -> None:
         """Goes on from the lanes' states after the plan's `first_step`, by source. Raises Damaged if they are not theirs."""

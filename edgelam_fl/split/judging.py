@@ -13,8 +13,13 @@ A flipped sign has an honest size. So directions are judged as well: by the cosi
 others' directions, in which each source has one vote whatever its size. In a single step honest gradients often point against
 each other, if only because the step before went too far. In a round's first step, at the adapter that all start from, and in the
 sum over several steps they hardly ever do, as long as there is something to learn; near the optimum, where all directions together
-vanish, the others do not agree either. So a source is opposed only by the sum over the steps so far, in the first step or after
-a few, and only if the others agree. For that at least two others are needed.
+vanish, the others do not agree either. So a source is opposed only by the sum over the steps so far, in the round's first step or
+after a few, and only if the others agree. For that at least two others are needed.
+
+Where few answers are possible, a device of which most have another answer than all others points against them, and is honest. So
+whoever asks about directions leaves out tasks that answer with classes or values. In the others such a device shows itself by its
+size: the farther the others go, the larger is its gradient and the smaller are theirs, until all balance. What is much larger than
+the others is not opposed.
 """
 
 from __future__ import annotations
@@ -31,7 +36,8 @@ if TYPE_CHECKING:
 MOST_NORM = 1e4  # of a gradient per label: training that is any good stays far below, whatever the model
 LEAST_SOURCES = 3  # for a median, and for others who can agree
 _FEW_STEPS = 4  # below so many, but for the first alone, sums of directions say little
-_OPPOSED, _AGREED = -0.5, 0.5  # measured: honest devices with unlike data stay above -0.2
+_OPPOSED, _AGREED = -0.7, 0.7  # a flipped sign: below -0.85 in a first step, others above 0.8
+_MOST_TIMES = 2.0  # the others' mean size: a flipped sign has about that of the others
 _CANCELLED = 1e-6  # squared norm of a sum of directions: below it, they cancel out
 
 
@@ -45,34 +51,37 @@ class Size:
 
 @dataclass(frozen=True)
 class Bearing:
-    """How the direction of one source lies to those of the others, as two cosines."""
+    """How the direction of one source lies to those of the others, as two cosines, and its size."""
 
     along: float = 0.0  # of the source with the sum of the others
     agreed: float = 0.0  # of one of the others with the sum of the rest of them
+    times: float = 0.0  # its size, over the mean of the others'
 
     @property
     def is_opposed(self) -> bool:
-        """Whether the source points against others that agree."""
-        return self.along <= _OPPOSED and self.agreed >= _AGREED
+        """Whether the source points against others that agree, without pulling much harder than they do."""
+        return self.along <= _OPPOSED and self.agreed >= _AGREED and self.times <= _MOST_TIMES
 
 
-def bearings(votes: Sequence[float]) -> list[Bearing]:
+def bearings(votes: Sequence[float], sizes: Sequence[float]) -> list[Bearing]:
     """Returns the bearing of each of several sources; zeros if they are fewer than three.
 
-    `votes`: the dot product of each source's direction, a vector of norm 1, with the sum of all directions.
+    `votes`: the dot product of each source's direction, a vector of norm 1, with the sum of all directions. `sizes`: of the
+    sources, in any one measure; positive.
     """
     if len(votes) < LEAST_SOURCES:
         return [Bearing()] * len(votes)
-    whole = math.fsum(votes)  # the squared norm of the sum
-    return [_bearing(vote, max(0.0, whole - 2 * vote + 1), len(votes) - 1) for vote in votes]
+    whole, others = math.fsum(votes), len(votes) - 1  # the squared norm of the sum
+    times = [size * others / (math.fsum(sizes) - size) for size in sizes]
+    return [_bearing(vote, max(0.0, whole - 2 * vote + 1), others, one) for vote, one in zip(votes, times, strict=True)]
 
 
-def _bearing(vote: float, squared: float, others: int) -> Bearing:
+def _bearing(vote: float, squared: float, others: int, times: float) -> Bearing:
     """Returns the bearing of a source. `squared`: the squared norm of the sum of the other sources' directions."""
     cosine = (squared - others) / (others * (others - 1))  # mean of two of the others
     rest = others - 1
     agreed = cosine * rest / math.sqrt(max(_CANCELLED, rest + rest * (rest - 1) * cosine))
-    return Bearing((vote - 1) / math.sqrt(squared) if squared > _CANCELLED else 0.0, agreed)
+    return Bearing((vote - 1) / math.sqrt(squared) if squared > _CANCELLED else 0.0, agreed, times)
 
 
 @dataclass
@@ -81,23 +90,23 @@ class Course:
 
     steps: int = 0
     """The steps whose gradients are summed."""
+    size: float = 0.0
+    """The sum of the gradients' norms per label."""
     sums: dict[int, torch.Tensor] = field(default_factory=dict)  # by parameter
 
-    @property
-    def says_much(self) -> bool:
-        """Whether the sum may be compared with the others'."""
-        return self.steps == 1 or self.steps >= _FEW_STEPS
+    def says_much(self, step: int) -> bool:
+        """Returns whether the sum may be compared with the others' in a step of the round."""
+        return step == 0 or self.steps >= _FEW_STEPS
 
-    def add(self, gradient: Sequence[torch.Tensor | None], norm: float) -> None:
-        """Adds a step's gradient, which is one vector over all parameters. `norm`: its norm, finite."""
+    def add(self, gradient: Sequence[torch.Tensor | None], size: Size) -> None:
+        """Adds a step's gradient, which is one vector over all parameters. `size`: its size; the norm is finite and not zero."""
         import torch  # as in norm_of
 
-        if norm <= 0:
-            return
         self.steps += 1
+        self.size += size.per_unit
         for number, part in enumerate(gradient):
             if part is not None:
-                self.sums.setdefault(number, torch.zeros_like(part)).add_(part.detach(), alpha=1 / norm)
+                self.sums.setdefault(number, torch.zeros_like(part)).add_(part.detach(), alpha=1 / size.added)
 
 
 def bearings_of(courses: Sequence[Course]) -> list[Bearing]:
@@ -107,9 +116,10 @@ def bearings_of(courses: Sequence[Course]) -> list[Bearing]:
         return [Bearing()] * len(courses)
     whole = Course()
     for course, norm in zip(courses, norms, strict=True):
-        whole.add([course.sums.get(number) for number in range(1 + max(course.sums))], norm)
+        whole.add([course.sums.get(number) for number in range(1 + max(course.sums))], Size(norm, norm))
     dots = [[(part * whole.sums[number]).sum() for number, part in course.sums.items()] for course in courses]
-    return bearings([math.fsum(dot.item() for dot in of_one) / norm for of_one, norm in zip(dots, norms, strict=True)])
+    votes = [math.fsum(dot.item() for dot in of_one) / norm for of_one, norm in zip(dots, norms, strict=True)]
+    return bearings(votes, [course.size for course in courses])
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -39,6 +39,7 @@ class Lane:
     mode: HostMode
     source: str = ""  # name of the adapter in a snapshot
     divides_alone: bool = False  # each device's loss is divided by its own labels alone, whatever the mode
+    judges_directions: bool = False  # honest devices do not point against each other in this task
     private: PrivateSum | None = None  # how gradients are summed with differential privacy; None: without
     turns: list[Turn] | None = None  # None: the devices' label counts are not known yet
     number: int = 0  # of the open turn
@@ -153,7 +154,7 @@ class Lane:
         """Measures the gradients of the open turn; returns the problems of those that must not be added, by device index.
 
         Their sizes are compared with the newest ones of all the lane's devices, their directions with each other over the steps
-        so far. `factor`: as of `size_problem`; with 0, no direction is judged either.
+        so far if `judges_directions`. `factor`: as of `size_problem`; with 0, no direction is judged either.
         """
         turn = self.turn
         assert turn is not None
@@ -162,21 +163,22 @@ class Lane:
             member.size = Size(norm, norm * self.divisor_of(member) / max(1, member.labels_of(turn.step)))
         group = [member.size for member in self.members if member.size is not None and not member.gone]
         problems = {m.index: size_problem(m.size, group, factor) for m in complete if m.size is not None}
-        if factor and len(turn.members) >= LEAST_SOURCES:
+        if factor and self.judges_directions and len(turn.members) >= LEAST_SOURCES:
             sound = [member for member in complete if not problems[member.index]]
-            self._judge_directions(sound)
+            self._judge_directions(sound, turn.step)
             problems |= {member.index: member.opposes for member in sound}
         return {index: problem for index, problem in problems.items() if problem}
 
-    def _judge_directions(self, members: Sequence[Member]) -> None:
+    def _judge_directions(self, members: Sequence[Member], step: int) -> None:
         """Notes which of the open turn's gradients, whose sizes are fine, work against the others'.
 
         A device that does is not used for the rest of the round, and has no vote any more.
         """
         voters = [member for member in members if not member.opposes]
         for member in voters:
-            member.course.add(member.gradients or [], member.size.added if member.size is not None else 0.0)
-        voters = [member for member in voters if member.course.says_much]
+            if member.size is not None and member.size.added > 0:
+                member.course.add(member.gradients or [], member.size)
+        voters = [member for member in voters if member.course.steps and member.course.says_much(step)]
         for member, bearing in zip(voters, bearings_of([member.course for member in voters]), strict=True):
             if problem := direction_problem(bearing, "federation.gradient_factor"):
                 member.opposes = f"gradients {problem}"

@@ -68,6 +68,14 @@ def values_of(kind: str) -> Values | None:
     return TASKS[kind].values if kind in TASKS else None
 
 
+def points_alike(kind: str) -> bool:
+    """Returns whether what honest devices learn does not pull them in opposite directions, whatever their data: texts have much in common.
+
+    A device whose examples are all of one class points against those of another class; so may one with values of another range.
+    """
+    return kind in TASKS and TASKS[kind].answers == "text"
+
+
 def device_data(path: Path, settings: DataSettings, eval_file: Path | None = None) -> DevicePairs:
     """Reads a device's file as the kind of the task says: pairs of texts, or samples of arrays.
 
