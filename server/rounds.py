@@ -203,6 +203,7 @@ class Rounds:
             progress = progress.after(planned, trial.kept, by_chance=trial.lost_a_host)
             if outcome.spoiled:
                 progress = FROM_THE_START  # snapshots are spoiled as well
+                unfinished.forget(self.folder.path)
             tries.failed(by_chance=by_chance and self.privacy is None)  # a private one is paid for
         problems = [f"{name}: {problem}" for name, problem in sorted(self.roster.problems.items())]
         raise RunFailed(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from edgelam_fl.files import write_private
+from edgelam_fl.files import sync_folder, write_private
 from edgelam_fl.plan.layout import HostRange, Site
 from edgelam_fl.plan.resuming import keeps_steps
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -36,7 +36,7 @@ class Unfinished:
 
 
 def note(folder: Path, planned: PlannedRound) -> None:
-    """Writes what an attempt is, if its nodes keep snapshots of it. A disk that is full costs this and nothing else."""
+    """Writes what an attempt is, if its nodes keep snapshots of it, so that a power cut leaves it. A disk that is full costs this and nothing else."""
     if not any(plan.snapshot_every and keeps_steps(plan) for plan in planned.plans.values()):
         return forget(folder)
     content = {
@@ -46,7 +46,8 @@ def note(folder: Path, planned: PlannedRound) -> None:
         "sites": [asdict(site) for site in planned.layout.sites],
     }
     with suppress(OSError):
-        write_private(folder / _FILE, json.dumps(content))
+        write_private(folder / _FILE, json.dumps(content), durable=True)
+        sync_folder(folder)
 
 
 def read(folder: Path) -> Unfinished | None:
