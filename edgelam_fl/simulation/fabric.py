@@ -75,28 +75,22 @@ class Shared:
         step, so nothing of them can be kept. `chip`: the CPU, as all nodes of a simulation compute there.
         """
         assert chip == CPU
+
+        def loaded(spans: list[Span]) -> list[Stage]:
+            return load_stages(
+                source, spans, base, lora, compute=compute, classes=classes, values=values, read=self._read
+            )
+
         with self._lock:
             first = 0 if values is not None or lora.own_dropout else frozen_layers(source, lora)
             if not (first and len(spans) == 1 and whole_model(spans[0], source)):
-                return self._load(source, spans, base, lora, compute, classes, values)
+                return loaded(spans)
             key = (source.weights_digest, base, compute, first)
             if key not in self._activations:
-                (below,) = self._load(source, [Span(0, first, embed=True)], base, lora, compute, classes)
+                (below,) = loaded([Span(0, first, embed=True)])
                 self._activations[key] = Activations(below)
-            (top,) = self._load(source, [Span(first, source.num_layers, head=True)], base, lora, compute, classes)
+            (top,) = loaded([Span(first, source.num_layers, head=True)])
             return [OnFrozen(top, lora.dropout, self._activations[key])]
-
-    def _load(
-        self,
-        source: ModelSource,
-        spans: list[Span],
-        base: str,
-        lora: LoraSettings,
-        compute: str,
-        classes: int,
-        values: ValueModel | None = None,
-    ) -> list[Stage]:
-        return load_stages(source, spans, base, lora, compute=compute, classes=classes, values=values, read=self._read)
 
     def _read(
         self, source: ModelSource, names: list[str], base: str, compute: str

@@ -32,19 +32,22 @@ def test_a_board_that_is_back_before_its_old_self_is_missed(federation: MakeFede
     assert roster.problems == {}
 
 
+def refresh_while_b_fails(run: FederationByHand, error: Error) -> None:
+    """Asks all nodes, one of which answers with an error."""
+    grid, answer = run.grid, run.grid._answer
+    grid._answer = lambda message: (
+        Message(error, reply_to=message) if message.metadata.dst_node_id == 2 else answer(message)
+    )
+    run.roster.refresh()
+    grid._answer = answer
+    assert run.roster.devices() == ["a"]
+
+
 def test_a_node_that_could_not_answer_is_asked_again(federation: MakeFederation) -> None:
     """As at boot: its stage host may take longer to start than its SuperNode."""
     run = federation("ab", "e")
-    grid, roster = run.grid, run.roster
-    answer = grid._answer
-    grid._answer = lambda message: (
-        Message(Error(code=0, reason="no endpoint"), reply_to=message)
-        if message.metadata.dst_node_id == 2
-        else answer(message)
-    )
-    roster.refresh()
-    assert roster.devices() == ["a"]
-    grid._answer = answer
+    roster = run.roster
+    refresh_while_b_fails(run, Error(code=0, reason="no endpoint"))
     roster.refresh()
     assert roster.devices() == ["a"], "asked once a round"
     roster.refresh(ask_lost=True)
@@ -55,16 +58,8 @@ def test_a_node_whose_supernode_was_started_again_is_asked_once_more_and_not_ref
     federation: MakeFederation,
 ) -> None:
     run = federation("ab", "e")
-    grid, roster = run.grid, run.roster
-    answer = grid._answer
-    grid._answer = lambda message: (
-        Message(Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason="unknown message"), reply_to=message)
-        if message.metadata.dst_node_id == 2
-        else answer(message)
-    )
-    roster.refresh()
-    assert roster.devices() == ["a"]
-    grid._answer = answer
+    roster = run.roster
+    refresh_while_b_fails(run, Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason="unknown message"))
     roster.refresh()
     assert roster.devices() == ["a", "b"]
     assert roster.problems == {}
