@@ -228,7 +228,7 @@ def disk(place: Path) -> Iterator[Path | None]:
     try:
         yield place
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", "-l", str(place)], check=True)  # a log of the run may still be open
 
 
 if __name__ == "__main__":

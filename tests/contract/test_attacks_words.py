@@ -5,11 +5,13 @@ Data, labels, names of columns and paths hold a marker; no message to another ma
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 
 from edgelam_fl.errors import (
@@ -44,10 +46,20 @@ ROW = '{"question": "LEAK q%d?", "answer": "LEAK a%d."}\n'
 ROWS = "".join(ROW % (n, n) for n in range(4))
 CHAT = '{"messages": [{"role": "user", "content": "LEAK q"}, {"role": "assistant", "content": "LEAK a%d"}]}\n'
 CLASSES = ["task.kind=classification", "task.classes=['aa', 'bb']"]
+VALUES = ["task.kind=channel-prediction"]
 NO_TEMPLATE = ["task.template=plain", "task.loss_on=all"]
+
+
+def channels(shape: tuple[int, ...], value: complex) -> bytes:
+    """Returns the bytes of a file of channels that all have this value."""
+    file = io.BytesIO()
+    np.savez(file, up=np.full(shape, value, np.complex64), speed_kmh=np.ones(shape[0]))
+    return file.getvalue()
+
 
 # fault -> (name of the file, its content, overrides of the run file, the place that is named)
 FILES: Mapping[str, tuple[str, str | bytes | None, list[str], str]] = {
+    "axes": ("a.npz", channels((4, 20, 8), 1), VALUES, ""),
     "chat": ("a.jsonl", '{"messages": "LEAK"}\n' * 2, [], "line 1"),
     "columns": ("a.csv", "question,answer\nLEAK,a\nLEAK,b,LEAK\n", [], "line 3"),
     "csv": ("a.csv", 'question,answer\n"LEAK"x,b\n', [], "line 2"),
@@ -65,6 +77,7 @@ FILES: Mapping[str, tuple[str, str | bytes | None, list[str], str]] = {
         ["task.max_tokens=8", "task.too_long=skip"],
         "",
     ),
+    "numbers": ("a.npz", channels((4, 20, 8, 2), np.nan), VALUES, "sample 0"),
     "object": ("a.json", '["LEAK", "LEAK"]', [], "example 1"),
     "passages": ("a.txt", "LEAK one\n\nLEAK two\n", [], ""),
     "preference": ("a.jsonl", '{"prompt": "LEAK", "chosen": "LEAK", "rejected": "LEAK"}\n' * 2, [], "line 1"),
@@ -140,6 +153,8 @@ def test_s9_no_data_file_speaks_of_its_data(
     if overrides == CLASSES:
         request.plan.task.kind = "classification"
         request.plan.task.classes.extend(["aa", "bb"])
+    if overrides == VALUES:
+        request.plan.task.kind = "channel-prediction"
     profile = node.profile(pb.ProfileRequest(protocol_version=PROTOCOL_VERSION, task=request.plan.task))
     if not profile.problem:  # this fault shows when texts become tokens
         assert fault in ("no-answer-fits", "template")
@@ -147,7 +162,7 @@ def test_s9_no_data_file_speaks_of_its_data(
     where = f" at {place}" if place else ""
     assert said == f"its data cannot be used: {fault}{where}; see stage-host.log on ann"
     sent = profile.SerializeToString()
-    if overrides != CLASSES:  # tiny has no head for classes
+    if overrides not in (CLASSES, VALUES):  # tiny has no head for classes, and the adapter no modules for values
         report = report_of(node, request)
         assert report.error == said
         sent += report.SerializeToString()
