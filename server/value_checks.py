@@ -46,6 +46,11 @@ def check_values(config: RunConfig) -> None:
             f"radio.series = {config.radio.series} must be at most task.max_tokens = {config.task.max_tokens}, as each series is a token. "
             f"Allowed: fewer series, or a larger max_tokens"
         )
+    if config.radio.base == "last" and config.radio.duplex == "fdd":
+        raise ConfigError(
+            "radio.base = 'last' cannot be combined with radio.duplex = 'fdd', as the last value is of the band that is heard, and the other "
+            "one is predicted. Allowed: duplex = 'tdd', or leave base out"
+        )
 
 
 def check_private_modules(config: RunConfig, aggregation: Capabilities) -> None:

@@ -25,10 +25,11 @@ from edgelam_fl.tasks.points import MODEL, sums_at
 from edgelam_fl.tasks.radio import DELAY_BINS, RadioTaskSettings
 from edgelam_fl.wireless.channels.links import unit_power, with_noise
 from edgelam_fl.wireless.prediction.extrapolation import last_value, own_history
-from edgelam_fl.wireless.prediction.rows import Strong, corrections, inputs_of, strong_series
+from edgelam_fl.wireless.prediction.rows import Strong, corrections, error_of, inputs_of, strong_series
 from edgelam_fl.wireless.prediction.score import errors
 
 _ORDER = 8  # of the autoregression to compare with, at most half of the slots seen
+_ARS, _LAST = "mean of subspace ARs", "last value of each series"  # what is corrected
 _CHUNK = 64  # links whose series are found together
 _SPEED_STEP_KMH = 10.0  # errors are said by speed, rounded to such steps
 
@@ -45,8 +46,10 @@ class ChannelPrediction:
         self._radio, self._parts = settings.radio, 2 * settings.radio.future_slots
         self._noise_power = 10 ** (-self._radio.snr_db / 10)
         self._is_fdd = self._radio.duplex == "fdd"
-        # The last one is what is corrected, in the same band a mean of autoregressions: a model that is not trained has its error.
-        self._others = ("last value", f"AR({_ORDER})", "zero" if self._is_fdd else "mean of subspace ARs")
+        self._base_is_last = self._radio.base == "last"
+        # The last one is what is corrected: a model that is not trained has its error.
+        corrected = "zero" if self._is_fdd else _LAST if self._base_is_last else _ARS
+        self._others = ("last value", f"AR({_ORDER})", *([_ARS] if self._base_is_last else []), corrected)
 
     def examples(self, samples: Sequence[Sample]) -> Made:
         """Makes an example of each link. Raises DataError for one with too few slots, too many subcarriers, or without its other band."""
@@ -57,10 +60,16 @@ class ChannelPrediction:
         ahead = self._radio.future_slots
         seen, future = zip(*map(self._slots, samples), strict=True)
         seen_NTFM, future_NAFM = np.stack(seen), np.stack(future)
-        links = strong_series(seen_NTFM, self._noise_power, ahead, self._radio.series, other_band=self._is_fdd)
+        links = strong_series(
+            seen_NTFM, self._noise_power, ahead, self._radio.series, other_band=self._is_fdd, base=self._radio.base
+        )
         order = min(_ORDER, self._radio.history_slots // 2)
         others = [last_value(seen_NTFM, ahead), own_history(seen_NTFM, order, ahead)]
-        others_NC = np.stack([errors(predicted, future_NAFM) for predicted in others], axis=1)
+        found = [errors(predicted, future_NAFM) for predicted in others]
+        if self._base_is_last:
+            each = zip(links, future_NAFM, strict=True)
+            found.append(np.array([error_of(link, link.mean_PA, future_AFM) for link, future_AFM in each]))
+        others_NC = np.stack(found, axis=1)
         speeds_N = [_SPEED_STEP_KMH * round(float(sample.arrays["speed_kmh"]) / _SPEED_STEP_KMH) for sample in samples]
         labels = map(_labels, links, future_NAFM, speeds_N, others_NC)
         return [
@@ -94,7 +103,8 @@ class ChannelPrediction:
 
     def seen(self, example: ValueExample) -> list[tuple[str, bool]]:
         radio = self._radio
-        seen = f"{example.length} series of {radio.history_slots} slots at {radio.snr_db:g} dB -> "
+        beside = "" if self._base_is_last else " beside autoregressions"
+        seen = f"{example.length} series of {radio.history_slots} slots at {radio.snr_db:g} dB{beside} -> "
         return [
             (seen, False),
             (f"{radio.future_slots} slots of {'the other' if self._is_fdd else 'the same'} band", True),

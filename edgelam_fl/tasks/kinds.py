@@ -53,7 +53,7 @@ TASKS = {
     "channel-prediction": TaskKind(
         "edgelam_fl.tasks.channel_prediction:ChannelPrediction",
         answers="values",
-        values=Values(CHANNELS, channel_ends, ("snr_db", "history_slots", "future_slots", "series", "duplex")),
+        values=Values(CHANNELS, channel_ends, ("snr_db", "history_slots", "future_slots", "series", "duplex", "base")),
     ),
     "beamforming": TaskKind(
         "edgelam_fl.tasks.beamforming:Beamforming",

@@ -28,6 +28,8 @@ class RadioSettings(Protocol):
     @property
     def duplex(self) -> str: ...
     @property
+    def base(self) -> str: ...
+    @property
     def beam_snrs_db(self) -> Sequence[float]: ...
 
 
@@ -54,9 +56,12 @@ CHANNELS = (
 
 
 def channel_ends(settings: RadioSettings) -> ValueEnds:
-    """Returns the sizes for channel prediction: a series' past slots, power and autoregressions in, its future slots out."""
+    """Returns the sizes for channel prediction: a series' past slots and power in, its future slots out.
+
+    What autoregressions predict goes in too, but with `base = "last"`.
+    """
     outputs = 2 * settings.future_slots
-    features = 2 * settings.history_slots + 1 + _AUTOREGRESSIONS * outputs
+    features = 2 * settings.history_slots + 1 + (0 if settings.base == "last" else _AUTOREGRESSIONS * outputs)
     return ValueEnds(features, outputs, (DIRECTIONS, DELAY_BINS))
 
 

@@ -194,8 +194,9 @@ def test_the_networks_benchmark_scores_all_seeds() -> None:
 
 def test_a_perfect_correction_leaves_the_weaker_series_alone_and_errors_add_up() -> None:
     seen, future = with_noise(past_of(links().up_NTFM), SNR_DB, seed=4), future_of(links().up_NTFM)
-    for most, other_band in ((6, False), (400, False), (40, True)):
-        for number, link in enumerate(strong_series(seen[:4], NOISE, AHEAD, most, other_band=other_band)):
+    ways = ((6, False, "last"), (6, False, "autoregressions"), (400, False, "last"), (40, True, "autoregressions"))
+    for most, other_band, base in ways:
+        for number, link in enumerate(strong_series(seen[:4], NOISE, AHEAD, most, other_band=other_band, base=base)):
             wanted, weights, remaining = corrections(link, future[number])
             for given in (wanted, 0 * wanted, 0.5 * wanted):
                 (error,) = errors(channel_of(link, given)[None], future[number][None])

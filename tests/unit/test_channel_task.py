@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from edgelam_fl.config import parse_run_file
-from edgelam_fl.errors import DataError
+from edgelam_fl.errors import ConfigError, DataError
 from edgelam_fl.federation import demo_channel
 from edgelam_fl.federation.demos import DEMOS
 from edgelam_fl.model.value_ends import ValueEnds
@@ -25,6 +25,7 @@ from server.checks import check_config
 from tests.support import run_config
 
 KIND = "channel-prediction"
+WHO = (MODEL, "last value", "AR(8)", "mean of subspace ARs", "last value of each series")
 
 
 def task(*overrides: str) -> ChannelPrediction:
@@ -46,13 +47,14 @@ def examples(*overrides: str) -> list[ValueExample]:
     return task(*overrides).examples(samples()).examples
 
 
-def test_examples_have_the_sizes_that_the_model_is_made_for() -> None:
+@pytest.mark.parametrize("base", ["autoregressions", "last"])
+def test_examples_have_the_sizes_that_the_model_is_made_for(base: str) -> None:
     values = values_of(KIND)
     assert values is not None
-    config = run_config("tiny", f"task.kind={KIND}", "radio.series=12", "radio.history_slots=12")
+    config = run_config("tiny", f"task.kind={KIND}", "radio.series=12", "radio.history_slots=12", f"radio.base={base}")
     ends = values.ends(config.radio)
     assert isinstance(ends, ValueEnds)
-    made = examples("radio.history_slots=12")
+    made = examples("radio.history_slots=12", f"radio.base={base}")
     assert {one.inputs.shape for one in made} == {(12, ends.features + len(ends.places))}
     for table, rows in enumerate(ends.places, ends.features):
         column = np.concatenate([one.inputs[:, table] for one in made])
@@ -76,6 +78,33 @@ def test_without_a_correction_a_model_has_the_error_of_what_it_corrects(duplex: 
     if duplex == "fdd":
         assert list(of_model.values()) == pytest.approx([1.0] * len(of_model), rel=1e-3)
     assert {point.who for point in found} == {MODEL, "last value", "AR(8)", corrected}
+
+
+def test_from_the_last_value_a_model_sees_the_series_alone_and_has_more_to_gain() -> None:
+    of_last, of_mean = examples("radio.base=last"), examples()
+    for one, other in zip(of_last, of_mean, strict=True):
+        assert np.array_equal(one.inputs[:, :33], other.inputs[:, :33])
+        assert np.array_equal(one.inputs[:, 33:], other.inputs[:, -2:]), "the places alone"
+    own = task("radio.base=last")
+    (unit,) = own.units(of_last, 1)
+    rows = own.loss_rows(unit.labels)
+    assert rows is not None
+    wanted = unit.labels.flatten(0, 1)[rows][:, :8]
+    sums = own.loss(0 * wanted, unit.labels, rows)[1]
+    found = {who: sum(p.values * (p.value or 0) for p in points_of(sums) if p.who == who) for who in WHO}
+    assert set(found) == {point.who for point in points_of(sums)}
+    assert found[MODEL] == pytest.approx(found["last value of each series"], rel=1e-4)
+    assert found["mean of subspace ARs"] < 0.7 * found[MODEL], "the best method stays beside it"
+    assert float(own.loss(wanted, unit.labels, rows)[0]) < 0.7 * found[MODEL]
+    mean = task()
+    (unit,) = mean.units(of_mean, 1)
+    uncorrected, _ = mean.loss(0 * wanted, unit.labels, rows)
+    assert found["mean of subspace ARs"] == pytest.approx(float(uncorrected), rel=1e-4)
+
+
+def test_the_last_value_of_the_band_that_is_heard_is_no_base_of_the_other_one() -> None:
+    with pytest.raises(ConfigError, match=r"radio\.base = 'last' cannot be combined with radio\.duplex = 'fdd'"):
+        check_config(run_config("tiny", f"task.kind={KIND}", "radio.base=last", "radio.duplex=fdd"))
 
 
 def test_a_loss_adds_up_over_rows_and_is_least_for_what_is_wanted() -> None:

@@ -2,9 +2,10 @@
 
 A series is a link's channel in one of its strongest directions and one delay bin (`series`). It is scaled to power 1 and turned so
 that its last value is real; what several autoregressions predict stands beside it. In the same band a predictor gives the
-correction of their mean, so that zeros are that mean, which weaker series keep in any case. In the other band there is no such
-prediction: series of one direction keep their phases to each other, and a predictor gives the series itself. The errors of a link's
-series, weighted, and the share of its energy that they do not hold add up to its error.
+correction of their mean, so that zeros are that mean, which weaker series keep in any case. With `base = "last"` nothing stands beside
+a series, and its last value is corrected. In the other band there is no such prediction: series of one direction keep their phases to
+each other, and a predictor gives the series itself. The errors of a link's series, weighted, and the share of its energy that they do
+not hold add up to its error.
 
 Shapes: N links, T slots seen, A slots ahead, F subcarriers or delay bins, E directions, M ports, P = F E places of series, K strong
 series, strongest last, W autoregressions.
@@ -36,17 +37,28 @@ class Strong:
     """The strong series of one link."""
 
     values_KT: _Complex
-    ahead_KWA: _Complex  # what each autoregression predicts, of the band that is seen
+    ahead_KWA: _Complex  # what each autoregression predicts, of the band that is seen; W = 0: a predictor sees none
     units_K1: _Complex  # what each series is measured in: its amplitude and a phase
     places_K: npt.NDArray[np.int64]  # of each in [bins, directions], counted bin after bin
     corrected_PA: _Complex  # what is predicted of all series before any correction
+    mean_PA: _Complex  # the mean of what the autoregressions predict of all series
     directions_ME: _Complex
 
 
 def strong_series(
-    past_NTFM: Channels_NTFM, noise_power: float, ahead: int, most: int, *, other_band: bool = False
+    past_NTFM: Channels_NTFM,
+    noise_power: float,
+    ahead: int,
+    most: int,
+    *,
+    other_band: bool = False,
+    base: str = "autoregressions",
 ) -> list[Strong]:
-    """Returns the series of each link that are above the noise: at most `most`, at least the strongest one."""
+    """Returns the series of each link that are above the noise: at most `most`, at least the strongest one.
+
+    other_band: the predicted band is not the one that is seen, and nothing is corrected. base: "autoregressions" or "last", what is
+    corrected otherwise.
+    """
     directions_NME = strongest(past_NTFM)
     series_NFET = projected(past_NTFM, directions_NME).transpose(0, 2, 3, 1)
     power_NFE = np.mean(np.abs(series_NFET) ** 2, axis=-1)
@@ -55,7 +67,7 @@ def strong_series(
     largest_NFE = LARGEST * np.sqrt(power_NFE) * (power_NFE > LOUD * noise_power)
     ahead_NFEWA *= np.minimum(1, largest_NFE[..., None, None] / np.maximum(np.abs(ahead_NFEWA), _LEAST))
     links = zip(series_NFET, ahead_NFEWA, power_NFE, directions_NME, strict=True)
-    return [_strong(*link, LOUD * noise_power, most, other_band) for link in links]
+    return [_strong(*link, LOUD * noise_power, most, other_band, base) for link in links]
 
 
 def _continued(series_NFET: _Complex, loud_NF: npt.NDArray[np.bool_], beside: int, order: int, ahead: int) -> _Complex:
@@ -70,7 +82,7 @@ def _continued(series_NFET: _Complex, loud_NF: npt.NDArray[np.bool_], beside: in
 
 def _strong(
     series_FET: _Complex, ahead_FEWA: _Complex, power_FE: _Reals, directions_ME: _Complex, least: float, most: int,
-    other_band: bool,
+    other_band: bool, base: str,
 ) -> Strong:  # fmt: skip
     power_P, ahead_PWA = power_FE.ravel(), ahead_FEWA.reshape(power_FE.size, *ahead_FEWA.shape[2:])
     mean_PA = ahead_PWA.mean(axis=1)
@@ -83,8 +95,11 @@ def _strong(
         last_K = series_FET[power_FE.argmax(axis=0), np.arange(power_FE.shape[1]), -1][places_K % power_FE.shape[1]]
     turns_K = np.exp(1j * np.angle(last_K))
     units_K1 = (np.sqrt(np.maximum(power_P[places_K], _LEAST)) * turns_K).astype(np.complex64)[:, None]
-    corrected_PA = np.zeros_like(mean_PA) if other_band else mean_PA
-    return Strong(values_KT, ahead_PWA[places_K], units_K1, places_K, corrected_PA, directions_ME)
+    corrected_PA, beside_KWA = np.zeros_like(mean_PA) if other_band else mean_PA, ahead_PWA[places_K]
+    if base == "last":
+        last_P = series_FET[..., -1].ravel() * (power_P > least)
+        corrected_PA, beside_KWA = np.repeat(last_P[:, None], mean_PA.shape[1], axis=1), beside_KWA[:, :0]
+    return Strong(values_KT, beside_KWA, units_K1, places_K, corrected_PA, mean_PA, directions_ME)
 
 
 def inputs_of(link: Strong, noise_power: float) -> _Reals:
@@ -119,6 +134,16 @@ def corrections(link: Strong, future_AFM: _Complex) -> tuple[_Reals, _Reals, flo
     parts = np.concatenate([wanted_KA.real, wanted_KA.imag], axis=1, dtype=np.float32)
     weights_K = np.abs(link.units_K1[:, 0]) ** 2 / energy
     return parts, weights_K.astype(np.float32), max(0.0, remaining / energy)
+
+
+def error_of(link: Strong, series_PA: _Complex, future_AFM: _Complex) -> float:
+    """Returns the error of a prediction of all series, over the energy of `future_AFM`, the channel without noise."""
+    wanted_PA = _series(future_AFM, link.directions_ME)
+    energy, held, missed = (
+        float(np.sum(np.abs(values) ** 2, dtype=np.float64))
+        for values in (future_AFM, wanted_PA, wanted_PA - series_PA)
+    )
+    return max(0.0, (energy - held + missed) / energy)
 
 
 def _series(channel_AFM: _Complex, directions_ME: _Complex) -> _Complex:
