@@ -3,8 +3,9 @@
 A language model's first layers, frozen with LoRA and learned norms, are trained by the engine: stations are devices with the input and
 output modules, one host holds the layers, and rounds end with FedAvg. Beside them stand the same layers with random weights, and
 a small network, a GRU and a plain transformer that are trained in one place by a plain loop, each for the CPU time that the
-language model took. All correct the same autoregression. Then stations with 5 % of the links each: together, with all
-their links in one place, and alone. Errors are over the test links of `benchmarks.channel_prediction`, with noise of each seed's own.
+language model took. All correct the same autoregressions. Then stations with 5 % of the links each: together, with all
+their links in one place, and alone. As autoregressions leave little to gain, short trainings from the last value of each series
+(`radio.base`) come first, of the layers with their own and with random weights: there learning shows what pre-training is worth. Errors are over the test links of `benchmarks.channel_prediction`, with noise of each seed's own.
 
 Cells that are done stay in runs/benchmark-channel-learned, and a second call takes them. --minutes: the CPU time after which no further
 cell begins. --smoke: a tiny random model and few links of the small generator; writes no result.
@@ -126,6 +127,8 @@ class Size:
 
 
 SIZE = Size(rounds=4, local_steps=30, batch=4)
+SHORT = Size(rounds=2, local_steps=12, batch=4)  # of the cells that correct the last value
+LAST_LR = 2e-3  # their learning rate
 
 
 # ---------------------------------------------------------------- links as files
@@ -381,18 +384,29 @@ class Cell:
     stations: int = STATIONS
     share: float = 1 / STATIONS  # of all links, at each station
     together: bool = True  # else all links are in one place
+    base: str = "autoregressions"
 
     @property
     def name(self) -> str:
         where = f"{self.stations} stations" if self.together else f"the links of {self.stations} stations in one place"
-        return f"{self.duplex}, {where} with {100 * self.share:g} % each, {self.who}, seed {self.seed}"
+        base = "" if self.base == "autoregressions" else f" from the {self.base} value"
+        return f"{self.duplex}{base}, {where} with {100 * self.share:g} % each, {self.who}, seed {self.seed}"
 
 
 def cells() -> list[Cell]:
     """Lists all cells, what matters most first."""
     tdd, fdd = ([Cell(who, seed, duplex) for seed in SEEDS for who in (*ENGINE, PLAIN[0])] for duplex in ("tdd", "fdd"))
     beside = [Cell(who, seed, duplex) for seed in SEEDS for duplex in ("tdd", "fdd") for who in PLAIN[1:]]
-    return [*tdd, *fdd[:3], *with_few_links(), *beside[:4], *fdd[3:], *beside[4:]]
+    return [*from_last_value(), *tdd, *fdd[:3], *with_few_links(), *beside[:4], *fdd[3:], *beside[4:]]
+
+
+def from_last_value() -> list[Cell]:
+    """Lists the cells that correct the last value of each series."""
+    return [_from_last_value(who, seed) for seed in SEEDS for who in ENGINE]
+
+
+def _from_last_value(who: str, seed: int) -> Cell:
+    return Cell(who, seed, share=SHARE, base="last")
 
 
 def with_few_links() -> list[Cell]:
@@ -405,10 +419,16 @@ class Bench:
     """Trains cells, each once: its file is then there."""
 
     def __init__(
-        self, folder: Path, training: Links, test: Links, size: Size, model: Callable[[int | None], ModelSource]
+        self,
+        folder: Path,
+        training: Links,
+        test: Links,
+        size: Size,
+        model: Callable[[int | None], ModelSource],
+        short: Size = SHORT,
     ):
-        """`model`: returns the layers with their own weights (None), or with random ones of a seed."""
-        self._folder, self._training, self._size, self._model = folder, training, size, model
+        """`model`: returns the layers with their own weights (None), or with random ones of a seed. `short`: size of cells from the last value."""
+        self._folder, self._training, self._size, self._model, self._short = folder, training, size, model, short
         self._examples = kept_examples(folder / "examples")
         (self._test,) = write_stations(folder / "test", test, 1, len(test.speed_kmh))
 
@@ -422,7 +442,7 @@ class Bench:
 
     def train(self, cell: Cell) -> Trained:
         """Trains a cell. A network of the plain loop takes as long as the language model's cell, which is trained first."""
-        settings = [f"run.seed={cell.seed}", f"radio.duplex={cell.duplex}"]
+        settings = [f"run.seed={cell.seed}", f"radio.duplex={cell.duplex}", f"radio.base={cell.base}"]
         each = int(cell.share * len(self._training.speed_kmh))
         if cell.who in PLAIN:
             of_model = Cell(ENGINE[0], cell.seed, cell.duplex)
@@ -431,9 +451,12 @@ class Bench:
             trained = by_plain_loop(cell.who, self._model(None), files, self._test, settings, self._examples, beside)
         else:
             stations, links = (cell.stations, each) if cell.together else (1, cell.stations * each)
-            # As many passes over the links and as many links per step in one place as together.
-            steps = max(1, round(self._size.local_steps * cell.share * STATIONS))
-            size = Size(self._size.rounds, steps, self._size.batch * cell.stations // stations)
+            if cell.base == "last":
+                size, settings = self._short, [*settings, f"optimizer.lr={LAST_LR}"]
+            else:
+                # As many passes over the links and as many links per step in one place as together.
+                steps = max(1, round(self._size.local_steps * cell.share * STATIONS))
+                size = Size(self._size.rounds, steps, self._size.batch * cell.stations // stations)
             source = self._model(None if cell.who == ENGINE[0] else cell.seed)
             files = self._files(stations, links)
             trained = by_engine(source, files, self._test, size, settings, self._examples)
@@ -469,6 +492,7 @@ def figures(bench: Bench, speeds_kmh: npt.NDArray[np.floating], smoke: bool) -> 
             ]
             if pairs:
                 yield from _apart(f"{duplex.upper()}, {ENGINE[0]} less {who}", pairs)
+    yield from _of_last_value(bench, speeds_kmh)
     for cell in with_few_links():
         if one := bench.found(cell):
             where = (
@@ -477,6 +501,20 @@ def figures(bench: Bench, speeds_kmh: npt.NDArray[np.floating], smoke: bool) -> 
                 else f"{cell.stations} stations' links in one place"
             )
             yield Figure(f"{where}, all", _db(one.errors), "dB, one seed")
+
+
+def _of_last_value(bench: Bench, speeds_kmh: npt.NDArray[np.floating]) -> Iterator[Figure]:
+    """Yields the figures of the cells that correct the last value, with and without pre-training."""
+    name = "TDD from the last value"
+    own, other = ([bench.found(_from_last_value(who, seed)) for seed in SEEDS] for who in ENGINE)
+    for who, found in zip(ENGINE, (own, other), strict=True):
+        if done := [one for one in found if one]:
+            yield from _of_predictor(f"{name}, {who}", done, speeds_kmh, None)
+    if own[0]:
+        for method, value in own[0].others.items():
+            yield Figure(f"{name}, {method}, all", round(10 * math.log10(value), 2), "dB, seed 1")
+    if pairs := [(one, beside) for one, beside in zip(own, other, strict=True) if one and beside]:
+        yield from _apart(f"{name}, {ENGINE[0]} less {ENGINE[1]}", pairs)
 
 
 def _of_predictor(
@@ -538,7 +576,7 @@ def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], l
         if bench.found(cell) is None:
             bench.train(cell)
     settings = {
-        "run_file": RUN_FILE, "size": vars(SIZE), "stations": STATIONS, "layers": LAYERS, "training": repr(TRAINING),
+        "run_file": RUN_FILE, "size": vars(SIZE), "size_from_last_value": vars(SHORT), "lr_from_last_value": LAST_LR, "stations": STATIONS, "layers": LAYERS, "training": repr(TRAINING),
         "test": repr(TEST), "seeds": SEEDS, "plain_lr": PLAIN_LR, "plain_batch": PLAIN_BATCH, "resampled": RESAMPLED,
     }  # fmt: skip
     return settings, list(figures(bench, test.speed_kmh, smoke))
@@ -548,8 +586,8 @@ def _smoke(folder: Path) -> list[Figure]:
     shutil.rmtree(folder, ignore_errors=True)
     training, test = Paths(2 * STATIONS, seed=1).draw(), Paths(6, seed=2).draw()
     tiny = find_model(str(write_tiny_llama(folder / "tiny", layers=2)))
-    bench = Bench(folder, training, test, Size(1, 1, 1), lambda seed: tiny)
-    for cell in (*map(Cell, PLAIN), with_few_links()[0]):
+    bench = Bench(folder, training, test, Size(1, 1, 1), lambda seed: tiny, Size(1, 1, 1))
+    for cell in (*map(Cell, PLAIN), with_few_links()[0], *from_last_value()[:2]):
         bench.train(cell)
     return list(figures(bench, test.speed_kmh, smoke=True))
 
