@@ -25,7 +25,7 @@ from edgelam_fl.tasks.points import MODEL, sums_at
 from edgelam_fl.tasks.radio import DELAY_BINS, RadioTaskSettings
 from edgelam_fl.wireless.channels.links import unit_power, with_noise
 from edgelam_fl.wireless.prediction.extrapolation import last_value, own_history
-from edgelam_fl.wireless.prediction.rows import Strong, corrections, error_of, inputs_of, strong_series
+from edgelam_fl.wireless.prediction.rows import Strong, corrections, error_of, inputs_of, over_time, strong_series
 from edgelam_fl.wireless.prediction.score import errors
 
 _ORDER = 8  # of the autoregression to compare with, at most half of the slots seen
@@ -58,11 +58,9 @@ class ChannelPrediction:
 
     def _examples(self, samples: Sequence[Sample]) -> list[ValueExample]:
         ahead = self._radio.future_slots
-        seen, future = zip(*map(self._slots, samples), strict=True)
-        seen_NTFM, future_NAFM = np.stack(seen), np.stack(future)
-        links = strong_series(
-            seen_NTFM, self._noise_power, ahead, self._radio.series, other_band=self._is_fdd, base=self._radio.base
-        )
+        seen, whole = zip(*map(self._slots, samples), strict=True)
+        seen_NTFM, future_NAFM = np.stack(seen), np.stack(whole)[:, self._radio.history_slots :]
+        links = self._strong(seen_NTFM)
         order = min(_ORDER, self._radio.history_slots // 2)
         others = [last_value(seen_NTFM, ahead), own_history(seen_NTFM, order, ahead)]
         found = [errors(predicted, future_NAFM) for predicted in others]
@@ -76,8 +74,20 @@ class ChannelPrediction:
             ValueExample(inputs_of(link, self._noise_power), each, 1) for link, each in zip(links, labels, strict=True)
         ]
 
+    def over_time(self, sample: Sample, given_KO: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], ...]:
+        """Returns a link's strongest series as heard, true, and predicted before and with a model's corrections; as `rows.over_time`."""
+        seen_TFM, whole_SFM = self._slots(sample)
+        (link,) = self._strong(seen_TFM[None])
+        return over_time(link, whole_SFM, given_KO)
+
+    def _strong(self, seen_NTFM: npt.NDArray[np.complex64]) -> list[Strong]:
+        radio = self._radio
+        return strong_series(
+            seen_NTFM, self._noise_power, radio.future_slots, radio.series, other_band=self._is_fdd, base=radio.base
+        )
+
     def _slots(self, sample: Sample) -> tuple[npt.NDArray[np.complex64], npt.NDArray[np.complex64]]:
-        """Returns a link's slots that are seen, with noise, and those that are to be predicted, without, at the same power."""
+        """Returns a link's slots that are seen, with noise, and all slots of the predicted band, without, at the same power."""
         radio, place = self._radio, place_of(sample.number)
         slots, subcarriers, _ = sample.arrays["up"].shape
         if slots < radio.history_slots + radio.future_slots:
@@ -96,7 +106,7 @@ class ChannelPrediction:
         seed = Random(f"{radio.seed}/noise/{sample.digest}").getrandbits(32)
         seen_NTFM = with_noise(both[:, : radio.history_slots, :subcarriers], radio.snr_db, seed)
         predicted = both[0, :, -subcarriers:] if self._is_fdd else both[0, :, :subcarriers]
-        return seen_NTFM[0], predicted[radio.history_slots :][: radio.future_slots]
+        return seen_NTFM[0], predicted[: radio.history_slots + radio.future_slots]
 
     def units(self, examples: Sequence[ValueExample], pieces: int) -> list[Unit]:
         return value_units(examples, pieces)

@@ -14,6 +14,7 @@ from edgelam_fl.config import read_run_file
 from edgelam_fl.model.adapter import read_peft_folder
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.serving.over_time import channel_over_time
 from edgelam_fl.telemetry.summary import read_summary
 from edgelam_fl.wireless.channels.paths import Paths
 from edgelam_fl.wireless.channels.store import kept
@@ -49,3 +50,7 @@ def test_a_run_of_values_is_what_one_process_computes(tiny: ModelSource, tmp_pat
     torch.set_num_threads(before)
     check_done(reports)
     assert same_bits(read_peft_folder(tmp_path / "run" / "adapter"), start | joined(reports))
+    shown = channel_over_time(config, tmp_path / "run" / "adapter", file)
+    assert shown is not None
+    assert [len(part) for part in (shown.true, shown.heard, shown.before, shown.after)] == [20, 16, 4, 4]
+    assert shown.before != shown.after

@@ -102,6 +102,16 @@ def test_from_the_last_value_a_model_sees_the_series_alone_and_has_more_to_gain(
     assert found["mean of subspace ARs"] == pytest.approx(float(uncorrected), rel=1e-4)
 
 
+def test_over_time_a_perfect_correction_is_the_true_channel_and_none_the_last_value() -> None:
+    own, sample = task("radio.base=last", "radio.snr_db=40"), samples()[0]
+    (example,) = own.examples([sample]).examples
+    heard, true, before, after = own.over_time(sample, example.labels[:, :8])
+    assert [len(part) for part in (heard, true, before, after)] == [16, 20, 4, 4]
+    assert np.allclose(after, true[16:], atol=1e-4)
+    assert np.allclose(before, heard[-1])
+    assert np.abs(heard - true[:16]).max() < 0.1, "little noise"
+
+
 def test_the_last_value_of_the_band_that_is_heard_is_no_base_of_the_other_one() -> None:
     with pytest.raises(ConfigError, match=r"radio\.base = 'last' cannot be combined with radio\.duplex = 'fdd'"):
         check_config(run_config("tiny", f"task.kind={KIND}", "radio.base=last", "radio.duplex=fdd"))

@@ -26,6 +26,7 @@ from edgelam_fl.telemetry.report.figures import (
     window_of,
 )
 from edgelam_fl.telemetry.report.incidents import failure
+from edgelam_fl.telemetry.report.over_time import OverTime, write_over_time
 from edgelam_fl.telemetry.report.page import write_report
 from edgelam_fl.telemetry.report.split_picture import split_picture
 from edgelam_fl.telemetry.summary import Summary, build_summary
@@ -636,6 +637,24 @@ def test_the_page_says_how_it_went_and_what_to_type_next(tmp_path: Path, monkeyp
     failed = [*events[:-2], {"event": "run_failed", "reason": "no", "kept": "all"}]
     assert "edgelam run --resume" in Page(report_of(tmp_path / "failed", failed)).text
     assert "edgelam top" in Page(report_of(tmp_path / "running", events[:-2])).text
+
+
+def test_a_channel_over_time_is_drawn_if_somebody_put_it_there(tmp_path: Path) -> None:
+    assert "over_time" not in figures_of(report_of(tmp_path, a_run()))
+    shown = OverTime(speed_kmh=30.0, true=(1.0, 0.5, 0.25), heard=(1.1, 0.4), before=(0.4,), after=(0.3,))
+    write_over_time(tmp_path, shown)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    lines = {line["name"]: (line["x"], line["y"]) for line in figures_of(page)["over_time"]["lines"]}
+    assert lines == {
+        "true channel": ([-1, 0, 1], [1, 0.5, 0.25]),
+        "heard, with noise": ([-1, 0], [1.1, 0.4]),
+        "before training": ([1], [0.4]),
+        "trained model": ([1], [0.3]),
+    }
+    assert "of a user at 30 km/h" in Page(page).text
+    (tmp_path / "over_time.json").write_text("[1")
+    with pytest.raises(DataError, match="the file is damaged; remove it"):
+        write_report(tmp_path)
 
 
 def test_answers_before_and_after_are_shown_if_somebody_asked(tmp_path: Path) -> None:

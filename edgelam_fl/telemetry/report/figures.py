@@ -17,6 +17,7 @@ from edgelam_fl.telemetry.events.rounds import mean_of
 from edgelam_fl.telemetry.human import total
 from edgelam_fl.telemetry.measures import MEASURES, shown_value, with_unit
 from edgelam_fl.telemetry.report.frame import COLOURS
+from edgelam_fl.telemetry.report.over_time import OverTime
 from edgelam_fl.telemetry.summary import is_training_round, measured, steps_of
 from edgelam_fl.telemetry.timeline import Phase
 from edgelam_fl.telemetry.verdict import spread_of
@@ -40,6 +41,21 @@ def learning_figures(rounds: Sequence[RoundDone], colours: Mapping[str, str], me
     figures = {"quality": _quality_figure(rounds, colours, measure), "loss": _loss_figure(rounds, colours)}
     points = _points_figure(rounds, measure)
     return figures | ({"points": points} if points else {})
+
+
+def over_time_figure(shown: OverTime) -> dict[str, Any]:
+    """Draws a channel over time: slots that are heard up to 0, and predicted ones from 1 on."""
+    past, ahead = len(shown.heard), len(shown.after)
+    xs = list(range(1 - past, ahead + 1))
+    return {
+        "x": "slot (up to 0: heard)", "y": "real part, in amplitudes", "whole": True, "dots": True, "marks": [0.5],
+        "lines": [
+            {"name": "true channel", "color": "--muted", "x": xs, "y": list(shown.true)},
+            {"name": "heard, with noise", "color": "--c0", "x": xs[:past], "y": list(shown.heard), "dash": 2},
+            {"name": UNTRAINED, "color": "--c1", "x": xs[past:], "y": list(shown.before), "dash": 1},
+            {"name": TRAINED, "color": MEAN_COLOUR, "x": xs[past:], "y": list(shown.after), "strong": True},
+        ],
+    }  # fmt: skip
 
 
 def cost_figures(rounds: Sequence[RoundDone]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """RUN/report.html: one page without network access that shows a run, also a run in progress or one that failed.
 
-Reads the run's folder and nothing else: events.jsonl, summary.json if the run has written it (its values are shown then), and
-answers.json. Texts of events are escaped. `page.html` holds the order of the parts, `frame.py` what all pages have in common,
+Reads the run's folder and nothing else: events.jsonl, summary.json if the run has written it (its values are shown then),
+answers.json and over_time.json. Texts of events are escaped. `page.html` holds the order of the parts, `frame.py` what all pages have in common,
 `figures.py` the curves and bars, `split_picture.py` the layers per node, `incidents.py` the failures.
 """
 
@@ -41,11 +41,13 @@ from edgelam_fl.telemetry.report.figures import (
     NOISE_SHOWN,
     cost_figures,
     learning_figures,
+    over_time_figure,
     timeline_figures,
     window_of,
 )
 from edgelam_fl.telemetry.report.frame import COLOURS, as_script, exact, figure, filled, framed, part, table
 from edgelam_fl.telemetry.report.incidents import failure, incidents
+from edgelam_fl.telemetry.report.over_time import OverTime, read_over_time
 from edgelam_fl.telemetry.report.split_picture import labels_leave, split_picture
 from edgelam_fl.telemetry.run_folder import state_now
 from edgelam_fl.telemetry.summary import (
@@ -91,12 +93,19 @@ def write_report(run_dir: Path) -> Path:
         else build_summary(events, state, run_dir.absolute().name)
     )
     page = run_dir / "report.html"
-    write_atomically(page, report_page([*events, *timelines], summary, run_dir, read_answers(run_dir)))
+    found = read_answers(run_dir), read_over_time(run_dir)
+    write_atomically(page, report_page([*events, *timelines], summary, run_dir, *found))
     return page
 
 
-def report_page(events: Sequence[Event], summary: Summary, folder: Path, answers: Sequence[Answer] = ()) -> str:
-    """Returns the page's text. folder: the run's, for the commands that use its result."""
+def report_page(
+    events: Sequence[Event],
+    summary: Summary,
+    folder: Path,
+    answers: Sequence[Answer] = (),
+    shown: OverTime | None = None,
+) -> str:
+    """Returns the page's text. folder: the run's, for the commands that use its result. shown: a channel over time, if there is one."""
     config = next((started.config for started in of_kind(events, RunStarted)), {})
     rounds = finished_rounds(events)
     phases = [phase for phase in map(read_phase, of_kind(events, RoundTimeline)) if phase]
@@ -115,7 +124,9 @@ def report_page(events: Sequence[Event], summary: Summary, folder: Path, answers
         "hosts": _host_table(summary.hosts, colours),
         "no_round": "" if rounds else f'<p class="card muted">{NO_ROUND[summary.state not in OVER]}</p>',
         "hide_figures": "" if rounds else "hidden",
-        "learning": _learning_places(measure, len(summary.devices), sum(map(steps_of, rounds))) if rounds else "",
+        "learning": _learning_places(measure, len(summary.devices), sum(map(steps_of, rounds)), shown)
+        if rounds
+        else "",
         "costs": _cost_places() if rounds else "",
         "answers": _answers(answers),
         "next": escape(commands(summary, folder)),
@@ -135,10 +146,12 @@ def report_page(events: Sequence[Event], summary: Summary, folder: Path, answers
         "timelines": as_script(timelines),
     }
     figures = learning_figures(rounds, colours, measure) | cost_figures(rounds)
+    if shown is not None:
+        figures["over_time"] = over_time_figure(shown)
     return framed(parts["name"], filled(part("page.html"), parts), figures, [part("timeline.js")] if timelines else [])
 
 
-def _learning_places(measure: str, devices: int, steps: int) -> str:
+def _learning_places(measure: str, devices: int, steps: int, shown: OverTime | None) -> str:
     better = "higher" if MEASURES[measure].higher else "lower"
     band = " Bold: the mean over devices; the band is their spread (one standard deviation)." if devices > 1 else ""
     alone = f" Of {devices} devices, the mean alone is drawn." if devices > LINES_SHOWN else ""
@@ -152,7 +165,13 @@ def _learning_places(measure: str, devices: int, steps: int) -> str:
         figure("quality", f"Held-out {measure}", held_out)
         + figure("loss", "Training loss", f"{smooth}{faint}. Dotted: an aggregation.")
         + (figure("points", f"Held-out {measure} by {over}", compared) if over else "")
+        + (_over_time_place(shown) if shown is not None else "")
     )
+
+
+def _over_time_place(shown: OverTime) -> str:
+    said = f"The strongest series of one held-out link, of a user at {shown.speed_kmh:.0f} km/h. Dotted: where the prediction begins."
+    return figure("over_time", "Predicted against true channel", said)
 
 
 def _cost_places() -> str:

@@ -146,6 +146,19 @@ def error_of(link: Strong, series_PA: _Complex, future_AFM: _Complex) -> float:
     return max(0.0, (energy - held + missed) / energy)
 
 
+def over_time(link: Strong, whole_SFM: _Complex, given_KO: _Reals) -> tuple[_Reals, _Reals, _Reals, _Reals]:
+    """Returns a link's strongest series over time, in the band that is seen: real parts, in what the series is measured in.
+
+    As it is heard, `[T]`; without noise, of all slots of `whole_SFM`; predicted without a correction, `[A]`; and with those of a
+    predictor, `given_KO`.
+    """
+    place, unit = link.places_K[-1], link.units_K1[-1]
+    true_S = _series(whole_SFM, link.directions_ME)[place] / unit
+    first_A = link.corrected_PA[place] / unit
+    given_A = given_KO[-1, : len(first_A)]
+    return (link.values_KT[-1] / unit).real, true_S.real, first_A.real, first_A.real + given_A
+
+
 def _series(channel_AFM: _Complex, directions_ME: _Complex) -> _Complex:
     """Returns a channel's series in these directions, `[P, A]`."""
     series_AFE = projected(channel_AFM[None], directions_ME[None])[0]
