@@ -16,7 +16,7 @@ _USED = {
     "model": ("name",),
     "split": ("hosts", "micro_batches"),
     "lora": (),
-    "task": ("kind", "max_tokens"),
+    "task": ("kind",),
     "wire": ("capacity",),
 }
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from edgelam_fl.config import RunConfig, parse_run_file
+from edgelam_fl.model.source import OWN_NETWORKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -72,7 +73,8 @@ def write_tiny_llama(folder: Path, *, layers: int = 6, tied: bool = True, seed: 
 
 
 def run_config(model: str, *overrides: str) -> RunConfig:
-    small = [f"model.name={model}", "federation.batch_size=4", "split.micro_batches=2", "task.max_tokens=128"]
+    small = [f"model.name={model}", "federation.batch_size=4", "split.micro_batches=2"]
+    small += [] if model in OWN_NETWORKS else ["task.max_tokens=128"]
     return parse_run_file("", source="test", overrides=[*small, *overrides])
 
 

@@ -99,7 +99,7 @@ def test_a_cell_that_cannot_be_is_refused(wrong: dict[str, float]) -> None:
 
 
 def test_a_plan_counts_as_many_parameters_as_the_network_has() -> None:
-    spec = check_config(run_config("beamformer", "task.kind=beamforming", "split.hosts=0", "task.max_tokens=96"))
+    spec = check_config(run_config("beamformer", "task.kind=beamforming", "split.hosts=0"))
     assert isinstance(spec.values, OwnNetwork)
     assert spec.value_weights == sum(tensor.numel() for tensor in spec.values.make().parameters())
     words = list(resolve(spec).in_words())
@@ -110,6 +110,7 @@ def test_a_plan_counts_as_many_parameters_as_the_network_has() -> None:
     ("overrides", "says"),
     [
         (["split.hosts=1"], "split.hosts = 1 cannot be combined with task.kind = 'beamforming'"),
+        (["split.hosts=0", "task.max_tokens=128"], "of [task], task.kind"),
         (["split.hosts=0", "lora.rank=4"], "lora.rank = 4 has no effect with task.kind = 'beamforming'"),
         (["split.hosts=0", "wire.activation_codec=fp16"], "wire.activation_codec = \"fp16\" has no effect"),
         (["split.hosts=0", "split.front=1"], "of [split], split.hosts, split.micro_batches"),
@@ -122,5 +123,5 @@ def test_a_plan_counts_as_many_parameters_as_the_network_has() -> None:
 )  # fmt: skip
 def test_what_a_network_does_not_have_is_refused_by_name(overrides: list[str], says: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        check_config(run_config("beamformer", "task.kind=beamforming", "task.max_tokens=96", *overrides))
+        check_config(run_config("beamformer", "task.kind=beamforming", *overrides))
     assert says in str(refused.value)
