@@ -113,7 +113,7 @@ class DeviceExamples:
         self._key = key
         if has_changed:
             emit(DataChanged(examples=len(learned.examples), held_out=len(measured.examples)))
-        emit(_read_event(found, self._loaded, settings))
+        emit(_read_event(found, self._loaded, settings, (*learned.remarks, *measured.remarks)))
 
     def _content(self) -> bytes:
         """Returns a digest of all that is read; the files are looked at, and read only if something about them has changed."""
@@ -132,13 +132,13 @@ def _unused(found: DevicePairs) -> pb.DataCounts:
     return pb.DataCounts(bad=len(found.bad), unread=len(found.unread), unmeasured=found.unmeasured)
 
 
-def _read_event(found: DevicePairs, loaded: Loaded, settings: pb.TaskSettings) -> DataRead:
+def _read_event(found: DevicePairs, loaded: Loaded, settings: pb.TaskSettings, remarks: tuple[str, ...]) -> DataRead:
     counts = loaded.counts
     return DataRead(
         examples=len(loaded.training), held_out=len(loaded.held_out), max_tokens=settings.max_tokens,
         bad=counts.bad, skipped=counts.skipped, cut=counts.cut, cut_answers=counts.cut_answers, unread_fields=counts.unread,
         unmeasured=counts.unmeasured, also_learned=found.also_learned,
-        bad_places=found.bad[:_PLACES_SAID], unread_names=found.unread,
+        bad_places=found.bad[:_PLACES_SAID], unread_names=found.unread, remarks=remarks,
     )  # fmt: skip
 
 

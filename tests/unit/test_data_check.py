@@ -30,6 +30,7 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.plan.making import task_settings
 from edgelam_fl.tasks.kinds import TASKS, make_task
+from edgelam_fl.telemetry.events import DataRead, Event, of_kind
 from edgelam_fl.wireless.channels.sectors import Sector
 from tests.support import run_config
 from tests.toy_values import KIND, SERIES, TOY, write_series
@@ -160,4 +161,8 @@ def test_singular_channels_are_counted_before_anything_starts(tmp_path: Path) ->
     np.savez(tmp_path / "cell.npz", channels=channels)
     settings = task_settings(run_config("beamformer", "task.kind=beamforming", "data.held_out=0.0"))
     (seen,) = look_into([tmp_path / "cell.npz"], settings.SerializeToString(), tmp_path)
-    assert seen.in_words()[-1] == "a singular channel matrix in 2 of 5 samples: zero forcing is regularised there"
+    said, events = "a singular channel matrix in 2 of 5 samples: zero forcing is regularised there", list[Event]()
+    assert seen.in_words()[-1] == said
+    DeviceExamples(tmp_path / "cell.npz").load(make_task(settings, tmp_path), settings, "", events.append)
+    (read,) = of_kind(events, DataRead)
+    assert read.words()[-1] == said

@@ -110,6 +110,8 @@ class DataRead(JobEvent, DataCounts):
     """Names of the fields that nothing is learned from."""
     also_learned: int = 0
     """Examples of the evaluation file that the data has too, so that they are learned as well as measured."""
+    remarks: tuple[str, ...] = ()
+    """What else the owner of the data should know of the examples, as sentences without a full stop."""
 
     def words(self) -> tuple[str, ...]:
         """Returns what the owner of the data should hear of, as sentences without a full stop; none if all is used and whole."""
@@ -128,7 +130,7 @@ class DataRead(JobEvent, DataCounts):
                 f"WARNING: examples of the evaluation file that are in the data too: {self.also_learned}. They are learned, so what is "
                 f"measured with them says little about new texts"
             )
-        return tuple(said)
+        return (*said, *self.remarks)
 
 
 @dataclass(frozen=True, kw_only=True)
