@@ -29,7 +29,7 @@ class Best:
     round: int
     """The round whose adapter had the lowest loss; 0: what the run started from."""
     loss: float
-    """Held-out loss per label, in nats; infinite if no evaluation gave a finite one."""
+    """Held-out loss per label, in nats or in the unit of a task of values; infinite if no evaluation gave a finite one."""
     in_vain: int = 0
     """Evaluations in a row that were not better by more than the threshold."""
     adapter: Adapter = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Best:
 
 
 def held_out_loss(reports: Iterable[pb.JobReport]) -> float | None:
-    """Returns the mean loss per held-out label over all devices, in nats; None if nothing was measured."""
+    """Returns the mean loss per held-out label over all devices, in nats or in the unit of a task of values; None if nothing was measured."""
     labels, total = 0, 0.0
     for report in reports:
         labels, total = labels + report.eval_labels, total + report.eval_loss_sum

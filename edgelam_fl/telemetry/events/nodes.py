@@ -194,7 +194,7 @@ class Evaluated(JobEvent):
     """A device has measured the adapter that it received."""
 
     loss_sum: float
-    """Sum of the losses of all held-out labels, in nats."""
+    """Sum of the losses of all held-out labels, in nats or in the unit of a task of values."""
     labels: int
     """Held-out labels."""
     seconds: float
@@ -208,7 +208,7 @@ class StepDone(JobEvent):
     step: int
     """Number of the step in the round, from 0."""
     loss: float
-    """Mean loss per label, in nats."""
+    """Mean loss per label, in nats or in the unit of a task of values."""
     labels: int
     """Labels of the step."""
     seconds: float

@@ -32,7 +32,7 @@ class NodeProgress:
     units: int = 0
     """Micro-batches of the present step or of measuring, or the most tokens of an answer; 0: none is under way."""
     loss: float | None = None
-    """Mean loss per label in its newest step, in nats; None before the first, and for a host."""
+    """Mean loss per label in its newest step, in nats or in the unit of a task of values; None before the first, and for a host."""
     tokens: int = 0
     """Tokens that it has trained on in this part."""
     bytes: int = 0
@@ -74,7 +74,7 @@ class RoundProgress(Event):
     done: float = 0.0
     """Share of what they do now that is done, in [0, 1]: of the layers that come, of the measuring, of the answers or of the training."""
     loss: float | None = None
-    """Mean over the devices of the loss of their newest step, in nats; None before the first."""
+    """Mean over the devices of the loss of their newest step, in nats or in the unit of a task of values; None before the first."""
     tokens_per_s: float | None = None
     """Tokens that all devices train on per second; None before a step is over."""
     left_s: float | None = None

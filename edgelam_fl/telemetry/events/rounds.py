@@ -284,7 +284,7 @@ class DeviceResult(NodeResult, DataCounts):
     labels: int
     """Labels that it trained on."""
     loss: float | None
-    """Mean loss per label over the round's counted steps, in nats; None without steps."""
+    """Mean loss per label over the round's counted steps, in nats or in the unit of a task of values; None without steps."""
     perplexity: float | None
     """Held-out perplexity of the adapter that the round started from; None if it was not measured or overflowed, or the task has
     none."""
@@ -298,7 +298,7 @@ class DeviceResult(NodeResult, DataCounts):
     eval_seconds: float | None
     """Seconds of the evaluation before it."""
     step_losses: tuple[float | None, ...]
-    """Mean loss per label of each step, in nats; None for a step without labels."""
+    """Mean loss per label of each step, in nats or in the unit of a task of values; None for a step without labels."""
     left_out: tuple[StepLeftOut, ...]
     """The steps that were not counted."""
     held_out_labels: int | None = None
@@ -463,7 +463,7 @@ class StoppedEarly(Event):
     best_round: int
     """The round whose adapter had the lowest loss so far; 0: what the run started from."""
     best_loss: float | None
-    """That loss per held-out label, in nats; None if no evaluation gave a finite one."""
+    """That loss per held-out label, in nats or in the unit of a task of values; None if no evaluation gave a finite one."""
 
     def words(self) -> str:
         """Returns when and why the run ends, as the end of a sentence."""
@@ -479,7 +479,7 @@ class BestTaken(Event):
     round: int
     """The round that made it; 0: what the run started from."""
     loss: float | None
-    """Its loss per held-out label, in nats; None if no evaluation gave a finite one."""
+    """Its loss per held-out label, in nats or in the unit of a task of values; None if no evaluation gave a finite one."""
     last_round: int
     """The last round of the run."""
 
