@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgelam_fl.config import RadioSection
 from edgelam_fl.errors import ConfigError, ModelError
 from edgelam_fl.model.adapter import PREFIX, digest, initial_adapter, read_peft_folder
 from edgelam_fl.model.index import layer_number
@@ -187,6 +188,11 @@ def test_settings_that_go_with_values(tiny: ModelSource, overrides: list[str]) -
 def test_settings_that_do_not_go_with_values(tiny: ModelSource, overrides: list[str], words: str) -> None:
     with pytest.raises((ConfigError, ModelError), match=words):
         check_config(run_config(tiny.name, *SETTINGS, *overrides))
+
+
+def test_every_key_of_the_radio_section_is_used_by_a_task() -> None:
+    used = {key for name, kind in TASKS.items() if kind.values and name != KIND for key in kind.values.settings}
+    assert used == RadioSection.model_fields.keys()
 
 
 def test_what_hosts_read_of_values_is_not_said_in_numbers_of_texts() -> None:
