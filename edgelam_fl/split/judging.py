@@ -6,8 +6,9 @@ Knows tensors, sizes and directions; knows neither devices nor steps. `split.lan
 
 A gradient is judged by its size, in two measures: what it adds to the step's sum, and what it is per label of its device. A
 device with many labels is large in the first, a device with few labels is noisy in the second, and both are honest: a gradient
-is too large only if it exceeds the factor in both. With fewer than three devices nobody can say which of them is the odd one,
-so there only `MOST_NORM` bounds a gradient.
+is too large only if it exceeds the factor in both. It is compared with the largest that each device had in the round, not with
+the newest: once nearly all is learned, those are tiny, and an example that nobody expects stands out, the very one to learn from.
+With fewer than three devices nobody can say which of them is the odd one, so there only `MOST_NORM` bounds a gradient.
 
 A flipped sign has an honest size. So directions are judged as well: by the cosine of a source's direction with the sum of the
 others' directions, in which each source has one vote whatever its size. In a single step honest gradients often point against
@@ -47,6 +48,13 @@ class Size:
 
     added: float  # norm of what it adds to the sum
     per_unit: float  # the same per unit of what is behind it: a gradient's per label, an update's per learning rate
+
+    def at_least(self, other: Size) -> Size:
+        """Returns the larger of the two in each measure."""
+        return Size(max(self.added, other.added), max(self.per_unit, other.per_unit))
+
+
+NO_SIZE = Size(0.0, 0.0)
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ class Lane:
     def judge_gradients(self, complete: Sequence[Member], factor: float) -> dict[int, str]:
         """Measures the gradients of the open turn; returns the problems of those that must not be added, by device index.
 
-        Their sizes are compared with the newest ones of all the lane's devices, their directions with each other over the steps
+        Their sizes are compared with the largest ones of all the lane's devices in the round, their directions with each other over the steps
         so far if `judges_directions`. `factor`: as of `size_problem`; with 0, no direction is judged either.
         """
         turn = self.turn
@@ -161,8 +161,15 @@ class Lane:
         for member in complete:
             norm = norm_of(member.gradients or [])
             member.size = Size(norm, norm * self.divisor_of(member) / max(1, member.labels_of(turn.step)))
-        group = [member.size for member in self.members if member.size is not None and not member.gone]
+        group = [
+            member.size.at_least(member.largest)
+            for member in self.members
+            if member.size is not None and not member.gone
+        ]
         problems = {m.index: size_problem(m.size, group, factor) for m in complete if m.size is not None}
+        for member in complete:
+            if member.size is not None and not problems[member.index]:
+                member.largest = member.size.at_least(member.largest)
         if factor and self.judges_directions and len(turn.members) >= LEAST_SOURCES:
             sound = [member for member in complete if not problems[member.index]]
             self._judge_directions(sound, turn.step)

@@ -16,7 +16,7 @@ import torch
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.stage import Stage
-from edgelam_fl.split.judging import Course, Size
+from edgelam_fl.split.judging import NO_SIZE, Course, Size
 from edgelam_fl.split.passes import Crossing
 from edgelam_fl.split.snapshot import Damaged
 from edgelam_fl.split.workers import Work
@@ -57,6 +57,7 @@ class Member:
     begun: set[UnitId] = field(default_factory=set)  # training micro-batches whose forward pass has run
     backwards_done: int = 0  # micro-batches of the open step
     size: Size | None = None  # of its newest complete gradient
+    largest: Size = NO_SIZE  # of its gradients in the round that were not too large, in each measure
     course: Course = field(default_factory=Course)  # of its gradients so far
     opposes: str = ""  # how it was found to work against the others; empty: it was not
     problem: str = ""  # why the open step cannot count this device
@@ -108,6 +109,7 @@ class Member:
             "layers": self.layers, "labels_trained": self.labels_trained, "strikes": self.strikes,
             "missed_steps": self.missed_steps, "missed_for": self.missed_for,
             "size": None if self.size is None else [self.size.added, self.size.per_unit],
+            "largest": [self.largest.added, self.largest.per_unit],
             "opposes": self.opposes,
         }  # fmt: skip
 
@@ -118,6 +120,7 @@ class Member:
         self.labels_trained, self.strikes = state["labels_trained"], state["strikes"]
         self.missed_steps, self.missed_for = state["missed_steps"], state["missed_for"]
         self.size = None if state["size"] is None else Size(*state["size"])
+        self.largest = Size(*state["largest"])
         self.opposes = state["opposes"]
 
     def units_of(self, step: int) -> int:

@@ -72,3 +72,11 @@ def test_a_host_is_believed_about_the_devices_of_its_own_site_alone() -> None:
     report = pb.JobReport(host=pb.HostPart(left_out=[found]))
     assert spoilers(Layout(sites, {}), plans, {"e": report}, {}) == {}
     assert spoilers(Layout(sites, {}), plans, {"f": report}, {}) == {"d": "gradients against"}
+
+
+def test_an_example_that_nobody_expects_counts_once_all_others_are_learned() -> None:
+    """Gradients are tiny by then. Compared with those of the round's beginning, that of the rare example is none too large."""
+    made, tiny = lane(), [1e-3 * one for one in ALONG]
+    assert left_out(made, ALONG, ALONG, ALONG, ALONG) == []
+    assert left_out(made, tiny, tiny, tiny, ALONG) == []
+    assert left_out(made, tiny, tiny, tiny, [50 * one for one in ALONG]) == [3]
