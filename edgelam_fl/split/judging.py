@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 MOST_NORM = 1e4  # of a gradient per label: training that is any good stays far below, whatever the model
 LEAST_SOURCES = 3  # for a median, and for others who can agree
 _FEW_STEPS = 4  # below so many, but for the first alone, sums of directions say little
-_OPPOSED, _AGREED = -0.7, 0.7  # a flipped sign: below -0.85 in a first step, others above 0.8
+_OPPOSED, _AGREED = -0.7, 0.5  # measured with a flipped sign: below -0.85 in a first step, below -0.7 as an update
 _MOST_TIMES = 2.0  # the others' mean size: a flipped sign has about that of the others
 _CANCELLED = 1e-6  # squared norm of a sum of directions: below it, they cancel out
 
