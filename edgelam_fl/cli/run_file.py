@@ -116,13 +116,15 @@ def _readable(config: RunConfig, found: Sequence[HostReading]) -> str:
     said = [_sentence(reading.words()) for reading in found]
     if not found:
         said.append("split.hosts = 0: nobody gets hidden states; adapters, losses and counts leave a device.")
+    of_texts = bool(found) and not found[0].of_values
     if found and found[0].front == 0:
-        said.append("WARNING: front = 0 sends the embeddings, which are the text.")
-    if found and found[0].back == 0:
+        sent = "the embeddings, which are the text" if of_texts else "what the input module alone makes of the values"
+        said.append(f"WARNING: front = 0 sends {sent}.")
+    if of_texts and found[0].back == 0:
         said.append("WARNING: back = 0 gives the gradient of the head away, from which labels can be solved for.")
     if found and config.privacy.defends_cut:
         said.append("These are numbers without the defences at the cut that [privacy] of this run has.")
-    if found:
+    if of_texts:
         said.append("`edgelam leakage RUN.toml --data FILE` measures it on your own text.")
     lines = [line for text in said for line in _wrapped(text)]
     return "".join(f"# {line}\n" for line in ["What hosts can read (PRIVACY.md):", *lines])

@@ -268,7 +268,7 @@ class FieldNames(Section):
 class TaskSection(Section):
     kind: str = Field(
         "causal-lm",
-        description="what is learned: causal-lm, classification (with classes), or channel-prediction (with [radio])",
+        description="what is learned: causal-lm, classification (with classes), or channel-prediction or beamforming (with [radio])",
     )
     classes: Annotated[tuple[str, ...], _LISTED] = Field(
         (), description="names of the classes, as the answers in the data spell them; for a classification only"

@@ -88,7 +88,8 @@ class FileSeen:
             more = " ..." if self.counts.bad > len(self.bad_places) else ""
             lines.append(f"cannot be read: {', '.join(self.bad_places)}{more}")
         if self.unread:
-            fields = "the field" if len(self.unread) == 1 else "the fields"
+            one = "array" if self.shape == _SAMPLES else "field"
+            fields = f"the {one}" if len(self.unread) == 1 else f"the {one}s"
             lines.append(f"not learned: {fields} {printable(', '.join(self.unread), 200)}")
         return [*lines, *self.remarks]
 

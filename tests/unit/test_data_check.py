@@ -158,11 +158,11 @@ def test_what_is_measured_outside_of_what_is_learned_is_said_with_the_range(tmp_
 def test_singular_channels_are_counted_before_anything_starts(tmp_path: Path) -> None:
     channels = Sector(4, 3).draw(5, seed=1)
     channels[[0, 2], 1] = 2 * channels[[0, 2], 0]
-    np.savez(tmp_path / "cell.npz", channels=channels)
+    np.savez(tmp_path / "cell.npz", channels=channels, more=np.ones(5))
     settings = task_settings(run_config("beamformer", "task.kind=beamforming", "data.held_out=0.0"))
     (seen,) = look_into([tmp_path / "cell.npz"], settings.SerializeToString(), tmp_path)
     said, events = "a singular channel matrix in 2 of 5 samples: zero forcing is regularised there", list[Event]()
-    assert seen.in_words()[-1] == said
+    assert seen.in_words()[-2:] == ["not learned: the array more", said]
     DeviceExamples(tmp_path / "cell.npz").load(make_task(settings, tmp_path), settings, "", events.append)
     (read,) = of_kind(events, DataRead)
     assert read.words()[-1] == said

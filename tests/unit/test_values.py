@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgelam_fl.cli.run_file import explained
 from edgelam_fl.config import RadioSection
 from edgelam_fl.errors import ConfigError, ModelError
 from edgelam_fl.model.adapter import PREFIX, digest, initial_adapter, read_peft_folder
@@ -199,6 +200,9 @@ def test_what_hosts_read_of_values_is_not_said_in_numbers_of_texts() -> None:
     config = run_config("smollm2-135m", *SETTINGS)
     (reading,) = host_readings(config)
     assert reading.words().startswith("what a host can read of a device's values is not measured")
+    told = explained(run_config("smollm2-135m", *SETTINGS, "split.front=0", "split.back=0"))
+    assert "# WARNING: front = 0 sends what the input module alone makes of the values.\n" in told
+    assert not [word for word in ("which are the text", "solved for", "on your own text") if word in told]
     assert (reading.text, reading.worst) == (None, None)
     assert "is not measured" in why_refused("measured:0.5", reading)
     assert not why_refused("hosts", reading)
