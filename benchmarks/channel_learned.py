@@ -4,8 +4,9 @@ A language model's first layers, frozen with LoRA and learned norms, are trained
 output modules, one host holds the layers, and rounds end with FedAvg. Beside them stand the same layers with random weights, and
 a small network, a GRU and a plain transformer that are trained in one place by a plain loop, each for the CPU time that the
 language model took. All correct the same autoregressions. Then stations with 5 % of the links each: together, with all
-their links in one place, and alone. As autoregressions leave little to gain, short trainings from the last value of each series
-(`radio.base`) come first, of the layers with their own and with random weights: there learning shows what pre-training is worth. Errors are over the test links of `benchmarks.channel_prediction`, with noise of each seed's own.
+their links in one place, and alone. As autoregressions leave little to gain, trainings from the last value of each series
+(`radio.base`) come first, of the layers with their own and with random weights: they say what pre-training is worth where there
+is something to learn. Errors are over the test links of `benchmarks.channel_prediction`, with noise of each seed's own.
 
 Cells that are done stay in runs/benchmark-channel-learned, and a second call takes them. --minutes: the CPU time after which no further
 cell begins. --smoke: a tiny random model and few links of the small generator; writes no result.
@@ -127,8 +128,7 @@ class Size:
 
 
 SIZE = Size(rounds=4, local_steps=30, batch=4)
-SHORT = Size(rounds=2, local_steps=12, batch=4)  # of the cells that correct the last value
-LAST_LR = 2e-3  # their learning rate
+LAST_LR = 4e-3  # of the cells that correct the last value
 
 
 # ---------------------------------------------------------------- links as files
@@ -406,7 +406,7 @@ def from_last_value() -> list[Cell]:
 
 
 def _from_last_value(who: str, seed: int) -> Cell:
-    return Cell(who, seed, share=SHARE, base="last")
+    return Cell(who, seed, base="last")
 
 
 def with_few_links() -> list[Cell]:
@@ -419,16 +419,10 @@ class Bench:
     """Trains cells, each once: its file is then there."""
 
     def __init__(
-        self,
-        folder: Path,
-        training: Links,
-        test: Links,
-        size: Size,
-        model: Callable[[int | None], ModelSource],
-        short: Size = SHORT,
+        self, folder: Path, training: Links, test: Links, size: Size, model: Callable[[int | None], ModelSource]
     ):
-        """`model`: returns the layers with their own weights (None), or with random ones of a seed. `short`: size of cells from the last value."""
-        self._folder, self._training, self._size, self._model, self._short = folder, training, size, model, short
+        """`model`: returns the layers with their own weights (None), or with random ones of a seed."""
+        self._folder, self._training, self._size, self._model = folder, training, size, model
         self._examples = kept_examples(folder / "examples")
         (self._test,) = write_stations(folder / "test", test, 1, len(test.speed_kmh))
 
@@ -451,12 +445,10 @@ class Bench:
             trained = by_plain_loop(cell.who, self._model(None), files, self._test, settings, self._examples, beside)
         else:
             stations, links = (cell.stations, each) if cell.together else (1, cell.stations * each)
-            if cell.base == "last":
-                size, settings = self._short, [*settings, f"optimizer.lr={LAST_LR}"]
-            else:
-                # As many passes over the links and as many links per step in one place as together.
-                steps = max(1, round(self._size.local_steps * cell.share * STATIONS))
-                size = Size(self._size.rounds, steps, self._size.batch * cell.stations // stations)
+            # As many passes over the links and as many links per step in one place as together.
+            steps = max(1, round(self._size.local_steps * cell.share * STATIONS))
+            size = Size(self._size.rounds, steps, self._size.batch * cell.stations // stations)
+            settings += [f"optimizer.lr={LAST_LR}"] if cell.base == "last" else []
             source = self._model(None if cell.who == ENGINE[0] else cell.seed)
             files = self._files(stations, links)
             trained = by_engine(source, files, self._test, size, settings, self._examples)
@@ -576,7 +568,7 @@ def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], l
         if bench.found(cell) is None:
             bench.train(cell)
     settings = {
-        "run_file": RUN_FILE, "size": vars(SIZE), "size_from_last_value": vars(SHORT), "lr_from_last_value": LAST_LR, "stations": STATIONS, "layers": LAYERS, "training": repr(TRAINING),
+        "run_file": RUN_FILE, "size": vars(SIZE), "lr_from_last_value": LAST_LR, "stations": STATIONS, "layers": LAYERS, "training": repr(TRAINING),
         "test": repr(TEST), "seeds": SEEDS, "plain_lr": PLAIN_LR, "plain_batch": PLAIN_BATCH, "resampled": RESAMPLED,
     }  # fmt: skip
     return settings, list(figures(bench, test.speed_kmh, smoke))
@@ -586,7 +578,7 @@ def _smoke(folder: Path) -> list[Figure]:
     shutil.rmtree(folder, ignore_errors=True)
     training, test = Paths(2 * STATIONS, seed=1).draw(), Paths(6, seed=2).draw()
     tiny = find_model(str(write_tiny_llama(folder / "tiny", layers=2)))
-    bench = Bench(folder, training, test, Size(1, 1, 1), lambda seed: tiny, Size(1, 1, 1))
+    bench = Bench(folder, training, test, Size(1, 1, 1), lambda seed: tiny)
     for cell in (*map(Cell, PLAIN), with_few_links()[0], *from_last_value()[:2]):
         bench.train(cell)
     return list(figures(bench, test.speed_kmh, smoke=True))
