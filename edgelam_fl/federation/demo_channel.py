@@ -39,7 +39,6 @@ base = "last"
 rounds = 5
 local_steps = 30
 batch_size = 4
-gradient_factor = 0  # stations in unlike cells need not agree on a direction
 
 [data]
 held_out = 0.2
