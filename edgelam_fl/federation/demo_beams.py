@@ -5,7 +5,6 @@ Knows its run file and its cells; `federation.demo` runs it, and the run's repor
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,9 +63,8 @@ def _write_data(folder: Path, devices: int) -> tuple[Sequence[Path], str]:
 
 
 def _show_result(console: Console, config: RunConfig, folder: Path, files: Sequence[Path]) -> None:
-    page = shlex.quote(str(folder / "report.html"))
     lines = [
-        f"sum rates by SNR, beside MRT, ZF, RZF and WMMSE: {page}",
+        "its page has the sum rates by SNR, beside MRT, ZF, RZF and WMMSE",
         "with your own channels: docs/radio.md says which arrays a cell's file has",
     ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
