@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +60,16 @@ class Bounds:
 
     def allows_model(self, path: Path) -> bool:
         """Returns whether a model may be read from a folder or file that exists."""
-        return any(path.resolve().is_relative_to(folder.resolve()) for folder in self.models)
+        return _lies_below(path, self.models)
+
+    def allows_adapter(self, path: Path) -> bool:
+        """Returns whether an adapter may be read from a folder that exists: below the folder of runs, or as a model."""
+        return _lies_below(path, [self.runs, *self.models])
+
+    def find_run(self, name: str) -> Path:
+        """Returns the folder that a run file means by `name`: one from here, or below the folder of runs."""
+        path = Path(name).expanduser()
+        return path if path.exists() else self.runs / path
 
     def check_in_runs(self, path: Path, what: str) -> Path:
         """Returns where `path` really is. Raises ConfigError, which names `what`, unless that is below the folder of runs."""
@@ -107,6 +116,10 @@ class Bounds:
 
 
 DEFAULT_BOUNDS = Bounds()
+
+
+def _lies_below(path: Path, folders: Iterable[Path]) -> bool:
+    return any(path.resolve().is_relative_to(folder.resolve()) for folder in folders)
 
 
 def operator_bounds(strategies: Sequence[str], runs: Path, models: Sequence[Path]) -> Bounds:

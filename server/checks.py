@@ -24,6 +24,7 @@ from edgelam_fl.tasks.kinds import check_task
 from edgelam_fl.telemetry.trackers import check_trackers
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.codec_bytes import CODEC_BYTES, RAW
+from server.earlier_adapter import earlier_adapter
 from server.model_checks import (
     check_carry,
     check_cuts,
@@ -96,7 +97,38 @@ def check_config(
     if devices:
         check_routes(spec, devices, aggregation)
     check_trust(spec.config, source.leakage_key)
+    check_beginning(config, aggregation)
+    if not elsewhere:
+        earlier_adapter(spec, bounds)
     return spec
+
+
+def check_beginning(config: RunConfig, aggregation: Capabilities) -> None:
+    """Raises ConfigError for settings with which no run can begin with an adapter (`model.adapter`)."""
+    if not config.model.adapter:
+        return
+    merged = "a model with the adapter merged into it (`edgelam export --to merged`) as model.name"
+    refused = {
+        f"privacy.mode = {config.privacy.mode!r}": (
+            config.privacy.mode != "none",
+            "its promise could not cover what the adapter has learned of the devices' data before",
+        ),
+        "privacy.private_front = true": (
+            config.privacy.private_front, "each device draws its own front, so the adapter's would be lost"
+        ),
+        f"task.private_modules = {list(config.task.private_modules)}": (
+            bool(config.task.private_modules), "each device draws its own modules, so the adapter's would be lost"
+        ),
+        "lora.ranks": (
+            bool(config.lora.ranks) and not aggregation.unequal_ranks,
+            f"the adapter has one rank, and strategy.aggregation = {config.strategy.aggregation!r} needs a layer's rank to stay",
+        ),
+    }  # fmt: skip
+    for setting, (is_so, why) in refused.items():
+        if is_so:
+            raise ConfigError(
+                f"model.adapter = {config.model.adapter!r} cannot be combined with {setting}: {why}. Allowed: one of the two, or {merged}"
+            )
 
 
 def check_devices(config: RunConfig, loaded: Mapping[str, LoadedStrategy], devices: int) -> None:

@@ -54,7 +54,7 @@ def with_missing_modules(
             continue
         done.add(which)
         if rank not in starts:
-            starts[rank] = _drawn(spec, kind, rank)
+            starts[rank] = drawn_adapter(spec, kind, rank)
         if any(span.holds(tensor) for tensor in of_base.keys() - whole.keys() for span in spans_of(plan)):
             whole = _of_base(spec, kind) | whole
         for tensor, start in slice_of(starts[rank], spans_of(plan)).items():
@@ -193,10 +193,11 @@ def as_start(adapter: Adapter, spec: RunSpec, round_: int) -> Start:
 def first_adapter(spec: RunSpec) -> Adapter:
     """Returns the adapter with which a run begins, of the whole model in the run's rank."""
     kind = spec.kind
-    return _drawn(spec, kind, spec.config.lora.rank) | _of_base(spec, kind)
+    return drawn_adapter(spec, kind, spec.config.lora.rank) | _of_base(spec, kind)
 
 
-def _drawn(spec: RunSpec, kind: LoraKind, rank: int) -> Adapter:
+def drawn_adapter(spec: RunSpec, kind: LoraKind, rank: int) -> Adapter:
+    """Draws the tensors of the whole model that do not begin as what the base has."""
     config = spec.config
     start = initial_adapter(
         spec.source,

@@ -67,7 +67,8 @@ def check_can_resume(folder: Path) -> None:
         raise ConfigError(f"the run in {folder} is alive: `edgelam top {folder}` shows it")
     if run_state(read_events(folder / EVENTS_FILE)) == "done":
         raise ConfigError(
-            f"the run in {folder} is done, so there is nothing to go on with: `edgelam report {folder}` shows its result"
+            f"the run in {folder} is done, so there is nothing to go on with: `edgelam report {folder}` shows its result. A new run trains "
+            f"its adapter further with --set model.adapter={folder}"
         )
 
 

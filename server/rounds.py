@@ -45,6 +45,7 @@ from server import unfinished
 from server.attempt import MOST_KEPT, Attempt, Beginnings, Tries
 from server.best import Best, best_with, check_is_measured, stopped_early
 from server.checkpoint import Saved, flatten
+from server.earlier_adapter import earlier_adapter
 from server.events_of_round import describe_plan, describe_readable, describe_round, describe_timeline
 from server.exchange import Arrived, Exchange, Missing, Request
 from server.global_adapter import StartingPoints, with_missing_modules
@@ -112,7 +113,8 @@ class Rounds:
         self._beginnings = Beginnings()
         self._late = LateUpdates(exchange, folder.emit, self.config.federation.update_factor)
         self._room = Room(folder.path, folder.emit, exchange.timing)
-        self._first, self._attempts_before = FederationState(), attempts_before
+        earlier = earlier_adapter(spec, bounds) if saved is None else {}
+        self._first, self._attempts_before = FederationState(adapter=earlier), attempts_before
         self._left_over = FROM_THE_START  # what an earlier process of the run leaves to its next attempt
         if saved is not None:
             self.restore(saved)

@@ -73,6 +73,10 @@ class ModelSection(Section):
         "auto",
         description="format of the arithmetic; auto: bf16 if the base is bf16, else fp32; measured too if base = 'auto'",
     )
+    adapter: str = Field(
+        "",
+        description="the adapter to begin with: an earlier run's folder, or a folder in peft's format with this run's [lora]; empty: a new one",
+    )
     dropout: Literal["off", "own"] = Field(
         "off",
         description="the model's own dropout in training: off, or own: what its config.json says (GPT-2 and BERT: 0.1), as transformers' and peft's trainers have it. Not counted when memory is planned: attention then keeps its weights. LoRA's is lora.dropout",

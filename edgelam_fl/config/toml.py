@@ -88,7 +88,8 @@ def parse_toml(text: str, source: str) -> dict[str, Any]:
 
 def without_home(config: RunConfig) -> RunConfig:
     """Returns the same run file with paths that begin in this user's home folder written with ~, for what people share."""
-    model = config.model.model_copy(update={"name": from_home(config.model.name)})
+    places = {"name": from_home(config.model.name), "adapter": from_home(config.model.adapter)}
+    model = config.model.model_copy(update=places)
     run = config.run.model_copy(update={"out": from_home(config.run.out)})
     return config.model_copy(update={"model": model, "run": run})
 

@@ -444,7 +444,7 @@ _DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, Arithme
 
 
 def read_peft_folder(folder: Path) -> Adapter:
-    """Reads what `write_peft_folder` wrote and separates the carry factors again (up to rounding).
+    """Reads what `write_peft_folder` or peft wrote, and separates the carry factors again (up to rounding).
 
     Raises ModelError for a folder that holds no such adapter.
     """
@@ -454,6 +454,8 @@ def read_peft_folder(folder: Path) -> Adapter:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         alpha, alphas = config["lora_alpha"], config.get("alpha_pattern") or {}
         ranks, kind = _carry_ranks(data), LoraKind(rslora=config.get("use_rslora", False))
+        if ranks is None and "init_lora_weights" in config:
+            ranks = {}  # peft wrote it, which knows no carry factors
         if (
             ranks is None
         ):  # a folder of an earlier version, in which only modules with carry factors have an alpha of their own

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.model.value_ends import NETWORK, OwnNetwork
@@ -275,6 +276,7 @@ def _of_training(config: RunConfig, summary: Summary) -> str:
     rows = {
         "rounds": f"{summary.rounds} of {config.federation.rounds}, {passes} each, {config.step_examples} examples per step",
         "LoRA": _of_lora(config),
+        **({"began with the adapter of": _run_of(config.model.adapter)} if config.model.adapter else {}),
         "optimizer": f"{learning.name}, learning rate {learning.lr:g} ({learning.schedule})",
         "task": f"{task.kind}, at most {task.max_tokens} tokens, loss on {task.loss_on}, template {task.template!r}",
         "combined by": config.strategy.aggregation,
@@ -286,6 +288,11 @@ def _of_training(config: RunConfig, summary: Summary) -> str:
     if _network(config) is not None:
         rows = {name: text for name, text in rows.items() if name not in _OF_LANGUAGE_MODELS} | {"task": task.kind}
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows.items())
+
+
+def _run_of(adapter: str) -> str:
+    """Returns the name of an adapter's run, without the path to it."""
+    return Path(adapter.removesuffix("/").removesuffix("/adapter")).name
 
 
 def _codecs(config: RunConfig) -> str:

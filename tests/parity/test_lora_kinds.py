@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from edgelam_fl.bounds import DEFAULT_BOUNDS
 from edgelam_fl.config import RunConfig
 from edgelam_fl.model.adapter import Adapter, Span, write_peft_folder
 from edgelam_fl.model.lora import MAGNITUDE
@@ -21,6 +22,7 @@ from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.serving.export import export
 from edgelam_fl.serving.results import open_result
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.earlier_adapter import earlier_adapter
 from server.global_adapter import first_adapter
 from tests.fleet import (
     check_done,
@@ -98,6 +100,18 @@ def test_split_equals_unsplit_equals_peft(untied: ModelSource, data_files: list[
     for hosts in (0, 2):
         split = config_of(untied, *KINDS[kind], f"split.hosts={hosts}")
         assert same_bits(trained(untied, split, data_files[:1]), expected), hosts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_can_begin_with_what_peft_saved(untied: ModelSource, tmp_path: Path, kind: str) -> None:
+    config = config_of(untied, *KINDS[kind], f"model.adapter={tmp_path}")
+    spec = RunSpec(config, untied)
+    model = plain_model(untied, config, first_adapter(spec))
+    with torch.no_grad():
+        for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+            parameter.fill_(number)
+    model.save_pretrained(tmp_path)
+    assert same_bits(earlier_adapter(spec, DEFAULT_BOUNDS), plain_adapter(model))
 
 
 @pytest.mark.parametrize(("kind", "base"), [("head and norms", "bf16"), ("DoRA", "int8"), ("all at once", "nf4")])
