@@ -129,8 +129,9 @@ def _aggregating(look: Look) -> str:
 
 
 def _writing(look: Look) -> str:
+    """Returns the checkpoint's folder, which may be in place already: a small one is written within a tick."""
     with suppress(FileNotFoundError):
-        return next((name for name in os.listdir(look.folder / "checkpoints") if name == f"r{ROUND:06d}.part"), "")
+        return next((name for name in os.listdir(look.folder / "checkpoints") if name.startswith(f"r{ROUND:06d}")), "")
     return ""
 
 
@@ -182,7 +183,7 @@ def _killed(federation: Federation, name: str, phase: str, settings: list[str], 
     evidence = _await(partial(PHASES[phase], look))
     for process in [process for kind in _SERVER for process in federation.find(kind)]:
         process.signal(signal.SIGKILL)
-    if phase == "writing the checkpoint" and not _writing(look):
+    if phase == "writing the checkpoint" and not _writing(look).endswith(".part"):
         evidence = f"{evidence}, and it was in place when the server died"
     time.sleep(RESTART_S)
     plans, again = len(look.plans()), time.time()
