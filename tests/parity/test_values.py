@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.value_ends import ValueEnds, is_of_module, is_of_values
 from edgelam_fl.plan.making import task_settings
 from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.split.driver import evaluation_batches
 from edgelam_fl.tasks.base import Unit
 from edgelam_fl.tasks.data import batch_indices
 from edgelam_fl.tasks.kinds import TASKS, device_data, make_task
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wireless.channels.paths import Paths
 from tests.fleet import (
     check_done,
     is_of_peft,
@@ -192,26 +194,87 @@ def test_three_devices_with_copies_train_as_each_does_alone(tiny: ModelSource, s
     assert all(same_bits(split[name], alone[name]) for name in alone)
 
 
-@pytest.mark.parametrize("back", [0, 1])
-def test_hidden_states_of_real_tokens_travel_and_no_values(
-    tiny: ModelSource, series_files: list[Path], back: int
+@pytest.mark.parametrize(
+    ("back", "more", "item_bytes"),
+    [(0, [], 4), (1, [], 4), (1, ["model.base=bf16"], 2)],
+    ids=["no back", "back", "bf16"],
+)
+def test_hidden_states_travel_and_no_values(
+    tiny: ModelSource, series_files: list[Path], back: int, more: list[str], item_bytes: int
 ) -> None:
-    """Bytes per direction: up every token of a micro-batch, padding too; down as many, or only what the back needs."""
-    config = values_config(tiny, "split.front=0", f"split.back={back}")
+    config = values_config(tiny, "split.front=0", f"split.back={back}", *more)
     _, reports = trained(tiny, config, series_files[:1])
-    report = reports["device-1"]
-    payload = {(one.link, one.direction, one.kind): one.payload_bytes for one in report.bytes}
-    batches = units_of(tiny, config, series_files[0], STEPS)
-    state_bytes = 4 * tiny.hidden_size
-    padded = sum(unit.shape[0] * unit.shape[1] for units in batches for unit in units) * state_bytes
-    real = sum(unit.count for units in batches for unit in units) * state_bytes
-    assert payload["entry edge-1", "received", "GRAD"] == padded, "what stands in the place of the embedding learns"
-    assert payload["exit edge-1", "sent", "GRAD"] == (padded if back else real)
-    assert payload["exit edge-1", "received", "ACT"] - payload["exit edge-1", "sent", "GRAD"] > 0, (
-        "those that are measured"
+    check_payloads(tiny, config, series_files[0], reports, item_bytes)
+
+
+def test_channel_prediction_splits_to_the_bit_and_its_bytes_follow_from_its_micro_batches(
+    tiny: ModelSource, tmp_path: Path
+) -> None:
+    links = Paths(9, seed=3).draw()
+    np.savez(tmp_path / "links.npz", up=links.up_NTFM, speed_kmh=links.speed_kmh)
+    settings = ["task.kind=channel-prediction", "radio.series=8", "data.held_out=0.2", "split.back=0"]
+    found = []
+    for hosts in (0, 1):
+        config = run_config(tiny.name, *settings, "split.front=0", f"split.hosts={hosts}")
+        adapter, reports = trained(tiny, config, [tmp_path / "links.npz"], 2)
+        found.append((adapter, reports["device-1"].eval_sums, [step.loss_sum for step in reports["device-1"].steps]))
+    check_payloads(tiny, config, tmp_path / "links.npz", reports, 4, steps=2)
+    (whole, *measured), (split, *measured_split) = found
+    assert same_bits(whole, split)
+    assert measured == measured_split
+
+
+def check_payloads(
+    source: ModelSource,
+    config: RunConfig,
+    file: Path,
+    reports: Mapping[str, pb.JobReport],
+    item_bytes: int,
+    steps: int = STEPS,
+) -> None:
+    """Compares all payloads of one device over one host with the states of its micro-batches, to the byte, at both ends of the links.
+
+    There: rows x tokens of each micro-batch, padding too. Back: as many, or the real tokens' alone if there are no layers at the back. In
+    training the gradients of both, the other way.
+    """
+    learned = [unit for units in units_of(source, config, file, steps) for unit in units]
+    measured = measured_units(source, config, file)
+
+    def of(units: Sequence[Unit], positions: Callable[[Unit], int]) -> tuple[int, int]:
+        return item_bytes * source.hidden_size * sum(map(positions, units)), len(units)
+
+    def padded(unit: Unit) -> int:
+        return unit.shape[0] * unit.shape[1]
+
+    def needed(unit: Unit) -> int:
+        return padded(unit) if config.split.back else sum(unit.row_lengths)
+
+    wanted = {
+        ("entry edge-1", "sent", "ACT"): of([*learned, *measured], padded),
+        ("exit edge-1", "received", "ACT"): of([*learned, *measured], needed),
+        ("exit edge-1", "sent", "GRAD"): of(learned, needed),
+        ("entry edge-1", "received", "GRAD"): of(learned, padded),
+    }
+    device, host = reports["device-1"].bytes, reports["edge-1"].host.bytes
+    at_device, at_host = (
+        {(one.link, one.direction, one.kind): (one.payload_bytes, one.messages) for one in some if one.payload_bytes}
+        for some in (device, host)
     )
-    assert {kind for _, _, kind in payload} >= {"ACT", "GRAD"}
-    assert "LABELS" not in {kind for _, _, kind in payload}
+    assert at_device == wanted, "nothing else has a payload: no labels, no masks"
+    others = {"sent": "received", "received": "sent"}
+    assert sorted((others[way], kind, found) for (_, way, kind), found in at_host.items()) == sorted(
+        (way, kind, found) for (_, way, kind), found in wanted.items()
+    )
+
+
+def measured_units(source: ModelSource, config: RunConfig, file: Path) -> list[Unit]:
+    """The micro-batches of the held-out samples."""
+    settings = task_settings(config)
+    task = make_task(settings, source.folder)
+    examples = task.examples(device_data(file, settings).held_out).examples
+    rows = -(-config.federation.batch_size // config.pieces.micro_batches)
+    batches = evaluation_batches(examples, 2 * rows * config.task.max_tokens, config.pieces.window)
+    return [unit for batch in batches for unit in task.units(batch, 1)]
 
 
 def test_values_may_meet_a_base_in_bf16(tiny: ModelSource, series_files: list[Path]) -> None:
