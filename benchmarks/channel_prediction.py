@@ -14,6 +14,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+
 from benchmarks.common import Figure, main
 from edgelam_fl.files import cache_folder
 from edgelam_fl.wireless.channels.correlation import clarke, over_frequency, over_time, strongest_directions
@@ -23,12 +25,14 @@ from edgelam_fl.wireless.channels.store import kept
 from edgelam_fl.wireless.channels.uma import UrbanMacro
 from edgelam_fl.wireless.prediction import extrapolation
 from edgelam_fl.wireless.prediction.ridge import Ridge, RidgeAcross, RidgeByBin, RidgeBySpeed
-from edgelam_fl.wireless.prediction.score import errors, future_of, nmse_db, past_of, spectral_efficiency
+from edgelam_fl.wireless.prediction.rows import channel_of, strong_series
+from edgelam_fl.wireless.prediction.score import AHEAD, errors, future_of, nmse_db, past_of, spectral_efficiency
 
 TRAINING, TEST = UrbanMacro(600, seed=1), UrbanMacro(200, seed=2)
 SNRS_DB = (10.0, 20.0)
 NOISE_SEEDS = (8, 7)  # of the training links and of the test links
 EFFICIENCY_SNR_DB = 10.0
+CHUNK = 64  # links whose series are found together
 NEAR_DB = 0.5
 NEAR_CLARKE = 0.15  # 50 links with a few clusters each
 KNOWN_DB: Mapping[str, float] = {
@@ -91,8 +95,8 @@ def _on_other_links(links: Links) -> Iterator[Figure]:
     """Yields the errors of the subspace predictors on links that their settings were not chosen on."""
     for snr_db in SNRS_DB:
         past, noise_power = with_noise(past_of(links.up_NTFM), snr_db, NOISE_SEEDS[0]), 10 ** (-snr_db / 10)
-        for name, by_bin in (("subspace AR(8)", False), ("subspace AR(8) per delay bin", True)):
-            each = errors(extrapolation.subspace(past, noise_power, by_bin=by_bin), future_of(links.up_NTFM))
+        for name, predicted in _in_directions(past, noise_power):
+            each = errors(predicted, future_of(links.up_NTFM))
             yield Figure(f"TDD, {snr_db:g} dB: {name}, the other {len(each)} links", round(nmse_db(each), 2), "dB")
 
 
@@ -120,8 +124,17 @@ def _same_band(training: Links, test: Links, snr_db: float) -> Iterator[tuple[st
     yield "ridge per delay bin", RidgeByBin.fit(fitted_to, future).predict(past)
     yield "AR(8)", extrapolation.own_history(past)
     yield "AR(4) per delay bin", extrapolation.own_history_by_bin(past)
+    yield from _in_directions(past, noise_power)
+
+
+def _in_directions(past: Channels_NTFM, noise_power: float) -> Iterator[tuple[str, Channels_NTFM]]:
+    """Yields what predicts in each link's strongest directions; the last is what the task of channel prediction corrects."""
     yield "subspace AR(8)", extrapolation.subspace(past, noise_power)
     yield "subspace AR(8) per delay bin", extrapolation.subspace(past, noise_power, by_bin=True)
+    no_correction = np.zeros((1, 2 * AHEAD), np.float32)  # of one series
+    parts = [past[first : first + CHUNK] for first in range(0, len(past), CHUNK)]
+    links = [link for part in parts for link in strong_series(part, noise_power, AHEAD, most=1)]
+    yield "mean of subspace ARs", np.stack([channel_of(link, no_correction) for link in links])
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def test_the_benchmark_scores_each_way_on_the_same_links() -> None:
     values = {figure.name: figure.value for figure in figures}
     assert values["TDD, any noise: zero, all"] == 0.0
     ways = [name.removesuffix(", all") for name in values if name.endswith(", all")]
-    assert len(ways) == 1 + 2 * 8 + 2
+    assert len(ways) == 1 + 2 * 9 + 2
     assert all(f"{way}, spectral efficiency" in values for way in ways)
 
 
