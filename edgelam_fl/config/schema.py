@@ -374,8 +374,14 @@ class RadioSection(Section):
         max_length=16,
         description="SNRs that beams are learned and measured at, each sample at every one; for beamforming",
     )
+    pilot_snrs_db: Annotated[tuple[float, ...], _LISTED] = Field(
+        (),
+        max_length=16,
+        description="SNRs of the pilots that channels are estimated from, each sample at every one: beams are made from estimates, and "
+        "learned and measured over the true channels; none: channels are known; for beamforming",
+    )
 
-    @field_validator("beam_snrs_db")
+    @field_validator("beam_snrs_db", "pilot_snrs_db")
     @classmethod
     def snrs_of_beams(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if len(set(value)) < len(value) or not all(-30 <= snr_db <= 60 for snr_db in value):

@@ -63,8 +63,10 @@ def _write_data(folder: Path, devices: int) -> tuple[Sequence[Path], str]:
 
 
 def _show_result(console: Console, config: RunConfig, folder: Path, files: Sequence[Path]) -> None:
+    known = "MRT, ZF, RZF and WMMSE"
+    beside = "RZF from estimates, and RZF and WMMSE with channels known" if config.radio.pilot_snrs_db else known
     lines = [
-        "its page has the sum rates by SNR, beside MRT, ZF, RZF and WMMSE",
+        f"its page has the sum rates by SNR, beside {beside}",
         "with your own channels: docs/radio.md says which arrays a cell's file has",
     ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)

@@ -58,7 +58,7 @@ TASKS = {
     "beamforming": TaskKind(
         "edgelam_fl.tasks.beamforming:Beamforming",
         answers="values",
-        values=Values(CELLS, beam_network, ("beam_snrs_db",), BEAMFORMER),
+        values=Values(CELLS, beam_network, ("beam_snrs_db", "pilot_snrs_db"), BEAMFORMER),
     ),
 }
 

@@ -535,7 +535,7 @@ class TaskSettings(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., max_tokens: _Optional[int] = ..., template: _Optional[str] = ..., loss_on: _Optional[str] = ..., prompt_field: _Optional[str] = ..., answer_field: _Optional[str] = ..., held_out: _Optional[float] = ..., classes: _Optional[_Iterable[str]] = ..., weighting: _Optional[str] = ..., too_long: _Optional[str] = ..., bad_lines: _Optional[str] = ..., more_prompt_fields: _Optional[_Iterable[str]] = ..., label_smoothing: _Optional[float] = ..., evaluate_examples: _Optional[int] = ..., packing: _Optional[bool] = ..., metrics: _Optional[_Iterable[str]] = ..., metrics_examples: _Optional[int] = ..., metrics_tokens: _Optional[int] = ..., radio: _Optional[_Union[Radio, _Mapping]] = ..., private_modules: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Radio(_message.Message):
-    __slots__ = ("snr_db", "history_slots", "future_slots", "series", "duplex", "seed", "beam_snrs_db", "base")
+    __slots__ = ("snr_db", "history_slots", "future_slots", "series", "duplex", "seed", "beam_snrs_db", "base", "pilot_snrs_db")
     SNR_DB_FIELD_NUMBER: _ClassVar[int]
     HISTORY_SLOTS_FIELD_NUMBER: _ClassVar[int]
     FUTURE_SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -544,6 +544,7 @@ class Radio(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     BEAM_SNRS_DB_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
+    PILOT_SNRS_DB_FIELD_NUMBER: _ClassVar[int]
     snr_db: float
     history_slots: int
     future_slots: int
@@ -552,7 +553,8 @@ class Radio(_message.Message):
     seed: int
     beam_snrs_db: _containers.RepeatedScalarFieldContainer[float]
     base: str
-    def __init__(self, snr_db: _Optional[float] = ..., history_slots: _Optional[int] = ..., future_slots: _Optional[int] = ..., series: _Optional[int] = ..., duplex: _Optional[str] = ..., seed: _Optional[int] = ..., beam_snrs_db: _Optional[_Iterable[float]] = ..., base: _Optional[str] = ...) -> None: ...
+    pilot_snrs_db: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, snr_db: _Optional[float] = ..., history_slots: _Optional[int] = ..., future_slots: _Optional[int] = ..., series: _Optional[int] = ..., duplex: _Optional[str] = ..., seed: _Optional[int] = ..., beam_snrs_db: _Optional[_Iterable[float]] = ..., base: _Optional[str] = ..., pilot_snrs_db: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Deadlines(_message.Message):
     __slots__ = ("ready_s", "step_s", "round_s", "silent_s", "reconnect_s")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -16,7 +18,8 @@ from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.tasks.data import batch_indices
 from edgelam_fl.tasks.kinds import device_data
 from edgelam_fl.wireless.beamforming.downlink import noise_at, sum_rates
-from edgelam_fl.wireless.beamforming.values import BeamModel, beams_of, channels_of, values_of
+from edgelam_fl.wireless.beamforming.estimation import least_squares, pilots, received
+from edgelam_fl.wireless.beamforming.values import BeamModel, beams_of, values_of
 from edgelam_fl.wireless.channels.sectors import Sector
 from server.checks import check_config
 from server.global_adapter import first_adapter
@@ -48,19 +51,31 @@ def beam_config(*more: str) -> RunConfig:
     )  # fmt: skip
 
 
+def plain_examples(config: RunConfig, file: Path) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+    """What the network sees of each example, its true channels, and its noise."""
+    for one in device_data(file, task_settings(config)).training:
+        true_KM = torch.from_numpy(one.arrays["channels"])
+        noises, users = [noise_at(snr_db) for snr_db in SNRS_DB], len(true_KM)
+        seen_SKM, error = true_KM.expand(len(SNRS_DB), -1, -1), 0.0
+        for snr_db in config.radio.pilot_snrs_db:
+            generator = torch.Generator().manual_seed(Random(f"{config.run.seed}/pilots/{one.digest}").getrandbits(32))
+            heard_SKM = received(seen_SKM, pilots(users, users), noise_at(snr_db), generator)
+            seen_SKM, error = least_squares(heard_SKM, pilots(users, users)), noise_at(snr_db) / users
+        for values_KF, noise in zip(values_of(seen_SKM, torch.tensor(noises), error), noises, strict=True):
+            yield values_KF, true_KM, noise
+
+
 def plain_loop(config: RunConfig, file: Path, name: str) -> Adapter:
     """Trains on a cell by torch alone, with the run's seed, batches and steps."""
     torch.manual_seed(config.run.seed)
     network = BeamModel()
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.optimizer.lr, weight_decay=0.0)
-    samples = device_data(file, task_settings(config)).training
-    examples = [(torch.from_numpy(one.arrays["channels"]), noise_at(snr_db)) for one in samples for snr_db in SNRS_DB]
+    examples = list(plain_examples(config, file))
     for step in range(STEPS):
         drawn = batch_indices(len(examples), config.step_examples, step, config.run.seed, name)
         for half in (drawn[:2], drawn[2:]):
-            noise_B = torch.tensor([examples[number][1] for number in half])
-            values = values_of(torch.stack([examples[number][0] for number in half]), noise_B)
-            channels, _ = channels_of(values)
+            seen, true, noises = zip(*(examples[number] for number in half), strict=True)
+            values, channels, noise_B = torch.stack(seen), torch.stack(true), torch.tensor(noises)
             alone = torch.log2(1 + channels.abs().square().sum(2) / noise_B[:, None]).sum(1)
             missing = alone - sum_rates(channels, beams_of(network(values)), noise_B[:, None])
             (missing.sum() / len(drawn)).backward()
@@ -69,8 +84,9 @@ def plain_loop(config: RunConfig, file: Path, name: str) -> Adapter:
     return {NAMES + key: tensor.detach().numpy() for key, tensor in network.named_parameters()}
 
 
-def test_one_cell_trains_like_the_plain_loop(source: ModelSource, cells: list[Path]) -> None:
-    config = beam_config()
+@pytest.mark.parametrize("more", [[], ["radio.pilot_snrs_db=[5.0]"]], ids=["known", "pilots"])
+def test_one_cell_trains_like_the_plain_loop(source: ModelSource, cells: list[Path], more: list[str]) -> None:
+    config = beam_config(*more)
     start = first_adapter(check_config(config))
     with memory_fleet(source, config, cells[:1]) as fleet:
         reports = fleet.run(start, STEPS)
@@ -84,8 +100,11 @@ def test_one_cell_trains_like_the_plain_loop(source: ModelSource, cells: list[Pa
         "at/0/count": held_out,
         "at/10/count": held_out,
     }
-    assert sums["at/10/sum/"] == pytest.approx(sums["at/10/sum/RZF"], rel=1e-5), "an untrained network is RZF"
-    assert sums["at/10/sum/WMMSE"] > sums["at/10/sum/RZF"] > sums["at/10/sum/MRT"] > 0
+    if more:
+        assert sums["at/10/sum/WMMSE, channels known"] > sums["at/10/sum/"] > sums["at/10/sum/LS, then RZF"] > 0
+    else:
+        assert sums["at/10/sum/"] == pytest.approx(sums["at/10/sum/RZF"], rel=1e-5), "an untrained network is RZF"
+        assert sums["at/10/sum/WMMSE"] > sums["at/10/sum/RZF"] > sums["at/10/sum/MRT"] > 0
 
 
 def test_three_cells_are_their_plain_average(source: ModelSource, cells: list[Path]) -> None:
