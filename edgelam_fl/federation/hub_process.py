@@ -12,7 +12,7 @@ from pathlib import Path
 
 from edgelam_fl import hub
 from edgelam_fl.addresses import check_port_free, join_address
-from edgelam_fl.federation.child import Child, Restarts, await_answer
+from edgelam_fl.federation.child import Child, Restarts, await_answer, shorten
 from edgelam_fl.federation.template import GRPC_LOG
 from edgelam_fl.hub import OFFERS
 
@@ -66,7 +66,12 @@ class HubProcess:
         return self.child
 
     def watch(self) -> str:
-        """Restarts the hub if it has ended; returns what happened, empty if nothing. Raises RunFailed if it keeps ending."""
+        """Restarts the hub if it has ended; returns what happened, empty if nothing. Raises RunFailed if it keeps ending.
+
+        Keeps its log short: everybody who knocks at the port makes it longer.
+        """
+        if self.child is not None:
+            shorten(self.child.log)
         problem = self.child.ended() if self.child else ""
         if not problem:
             return ""

@@ -63,7 +63,10 @@ def test_a_hub_that_is_killed_is_started_again(tmp_path: Path) -> None:
         assert not (tmp_path / "hub" / OFFERS).exists(), "runs of an earlier server offer nothing"
         assert relay_key(tmp_path / "hub") == key, "the tokens of nodes that still play are good"
         assert hub.child is not None
+        with hub.child.log.open("a", encoding="utf-8") as log:
+            log.write("refused a stranger\n" * 250_000)
         assert hub.watch() == ""
+        assert 0 < hub.child.log.stat().st_size <= 256 << 10, "strangers do not fill the disk"
         os.kill(hub.child.pid, signal.SIGKILL)
         end, news = time.monotonic() + 30, ""
         while not news and time.monotonic() < end:
