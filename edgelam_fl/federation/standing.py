@@ -158,7 +158,9 @@ def _only_state(states: Path) -> Path | None:
     found = sorted(folder.parent for folder in states.glob(f"*/{_IDENTITY}"))
     if len(found) > 1:
         names = ", ".join(folder.name for folder in found)
-        raise ConfigError(f"several nodes have joined from this directory ({names}); say which one with --name")
+        raise ConfigError(
+            f"several nodes have joined from this directory ({names}); say which one with --state, as in --state {found[0]}"
+        )
     return found[0] if found else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import secrets
+import shutil
 import ssl
 import stat
 import threading
@@ -17,17 +18,34 @@ from typing import Any
 
 import pytest
 
-from edgelam_fl.errors import ConfigError, EdgelamError, EnvironmentProblem, Refused
+from edgelam_fl.errors import ConfigError, EdgelamError, EnvironmentProblem, PeerLost, Refused
 from edgelam_fl.federation.join import Renewals
-from edgelam_fl.federation.standing import NodeOptions, find_standing
+from edgelam_fl.federation.standing import NodeOptions, Standing, find_standing
 from edgelam_fl.trust.authority import NODE_VALID, issue
-from edgelam_fl.trust.identity import load_identity, load_key, new_key, peer_of, public_key, save_identity, valid_until
+from edgelam_fl.trust.identity import (
+    Identity,
+    load_identity,
+    load_key,
+    new_key,
+    peer_of,
+    public_key,
+    save_identity,
+    valid_until,
+)
 from edgelam_fl.trust.invites import Invitation, parse_duration_s, parse_invitation
 from edgelam_fl.trust.join import clock_words, has_joined, join, renew, sync
 from edgelam_fl.trust.join_service import ROUTE, JoinService
 from edgelam_fl.trust.members import MEMBERS_FILE, Members
 from edgelam_fl.trust.server import ServerTrust, open_trust, prepare_trust
 from edgelam_fl.trust.signed import sign_request
+from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.counters import ByteCounters
+from edgelam_fl.wire.grpc.dial import dial
+from edgelam_fl.wire.grpc.secure import Security
+from edgelam_fl.wire.grpc.serve import DataPlaneServer
+from edgelam_fl.wire.link import Link
+from tests.links import hello, make_terms, ready, terms
+from tests.support import WAIT_S
 
 DAY_S = 86400.0
 Answerer = Callable[[Mapping[str, Any]], tuple[int, dict[str, Any]]]
@@ -48,7 +66,7 @@ class Flower:
         self.keys.pop(number, None)
 
 
-@dataclass
+@dataclass(eq=False)
 class Federation:
     """A server that lets nodes in, listening on loopback, with a clock that tests set."""
 
@@ -64,6 +82,10 @@ class Federation:
     @property
     def members(self) -> Members:
         return self.trust.members
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
 
     def invite(self, name: str = "ann", role: str = "device", valid_s: float = 3600.0) -> Invitation:
         token = self.members.invite(name, role, valid_s)
@@ -575,3 +597,70 @@ def test_a_copied_identity_folder_of_two_members_is_not_mixed(federation: Federa
     join(federation.invite(), tmp_path / "ann")
     save_identity(join(federation.invite("ben"), tmp_path / "ben").identity, tmp_path / "ann")
     assert load_identity(tmp_path / "ann").name == "ben"
+
+
+# ---------------------------------------------------------------- a new authority beside the old one
+
+
+def host_of(federation: Federation) -> DataPlaneServer:
+    """Opens the data port of a host of the federation, which lets in every member."""
+
+    def admit(hello: pb.Hello, link: Link) -> pb.Ready:
+        link.open(terms(answer=ready()))
+        return ready()
+
+    return DataPlaneServer(
+        "127.0.0.1", 0, admit, security=Security(issue(federation.trust.authority, "edge-1", "host"))
+    )
+
+
+def call(host: DataPlaneServer, identity: Identity, ready_s: float = WAIT_S) -> Link:
+    return dial(
+        "edge-1", f"127.0.0.1:{host.port}", "entry edge-1", hello(node=identity.name), ByteCounters(), make_terms(), ready_s,
+        security=Security(identity),
+    )  # fmt: skip
+
+
+def test_a_node_is_a_member_of_an_old_and_a_new_federation_until_the_old_one_is_gone(
+    federation: Federation, elsewhere: Federation, tmp_path: Path
+) -> None:
+    """Moves a node to a new authority as docs/deployment.md says: two servers, and on the node two clients with a state folder each.
+
+    Shows that neither membership touches the other: keys, servers, links, renewal, and the end of the old one.
+    """
+    states, data = tmp_path / ".edgelam", tmp_path / "ann.jsonl"
+    folders = {federation: states / "ann", elsewhere: states / "new-ann"}
+
+    def standing(state: Path | None, joining: str = "") -> Standing:
+        return find_standing(NodeOptions(data=data), joining, "", state, False, states)
+
+    standing(None, federation.invite().text).join()
+    standing(folders[elsewhere], elsewhere.invite().text).join()
+    own = {server: load_identity(folder / "identity") for server, folder in folders.items()}
+    assert {identity.name for identity in own.values()} == {"ann"}
+    assert own[federation].key != own[elsewhere].key
+    for server, folder in folders.items():
+        assert standing(folder).options.server == server.address
+    with pytest.raises(ConfigError, match=rf"\(ann, new-ann\); say which one with --state, as in --state {states}/ann"):
+        standing(None)
+
+    hosts = {server: host_of(server) for server in folders}
+    for server, other in ((federation, elsewhere), (elsewhere, federation)):
+        link = call(hosts[server], own[server])
+        with pytest.raises(PeerLost, match="its certificate is not of this federation"):
+            call(hosts[server], own[other], 0.2)
+        assert renew(server.address, folders[server] / "identity").identity == own[server]
+        with pytest.raises(EnvironmentProblem, match="belongs to another federation"):
+            renew(server.address, folders[other] / "identity")
+        assert not link.closed
+        link.close()
+
+    federation.members.revoke("ann")
+    with pytest.raises(Refused, match="membership of ann was ended"):
+        renew(federation.address, folders[federation] / "identity")
+    shutil.rmtree(federation.folder / "trust")
+    shutil.rmtree(folders[federation])
+    assert renew(elsewhere.address, standing(None).state / "identity").identity == own[elsewhere]
+    call(hosts[elsewhere], own[elsewhere]).close()
+    for host in hosts.values():
+        host.stop()

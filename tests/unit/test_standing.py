@@ -108,7 +108,7 @@ def test_without_keys_everything_has_to_be_said(states: Path) -> None:
 def test_several_nodes_of_one_directory_are_told_apart_by_name(states: Path) -> None:
     joined(states, "ann")
     joined(states, "edge", "host", {"data": None})
-    with pytest.raises(ConfigError, match=r"\(ann, edge\); say which one with --name"):
+    with pytest.raises(ConfigError, match=rf"\(ann, edge\); say which one with --state, as in --state {states}/ann"):
         find_standing(NodeOptions(), "", "", None, False, states)
     assert find_standing(NodeOptions(), "", "edge", None, False, states).name == "edge"
     with pytest.raises(ConfigError, match="holds the keys of 'ann'; leave --name out"):
