@@ -11,12 +11,14 @@ import hmac
 import json
 import sys
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from edgelam_fl.addresses import is_loopback
 from edgelam_fl.files import say
+from edgelam_fl.names import printable
 
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
@@ -66,6 +68,8 @@ OWN_ROUTES = "/v1/edgelam/"
 """The prefix of the routes that are answered here and not by Flower."""
 _MAX_RUN_BYTES = 16 << 20
 _MAX_OWN_BYTES = 64 << 10
+_OWN_THREADS = 4
+_UNKNOWN_CALLER = (401, 403)
 
 
 class Denied(Exception):
@@ -91,6 +95,8 @@ class Guard:
     """The handlers of this project's own routes that anybody may use, by the route's name after OWN_ROUTES."""
     operators: Mapping[str, Handler] = field(default_factory=dict)
     """The handlers of those that the operator alone may use."""
+    _threads: Executor = field(default_factory=lambda: ThreadPoolExecutor(_OWN_THREADS, "own routes"))
+    """Those of `own` and `operators`. Anybody may ask there; nodes' requests to Flower are judged on other threads and wait for none."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -104,9 +110,9 @@ class Guard:
             if scope["path"] == START_RUN:
                 receive = await self._judged(receive)
         except Denied as refusal:
-            _note(scope, refusal)
+            _note(scope, str(refusal))
             return await _answer(send, refusal.status, {"detail": str(refusal)})
-        return await self.flower(scope, receive, send)
+        return await self.flower(scope, receive, _noting_refusals(scope, send))
 
     async def _check_caller(self, scope: Scope) -> None:
         caller = ROUTES.get(scope["path"])
@@ -161,7 +167,10 @@ class Guard:
             raise Denied(400, "the request is no JSON") from error
         if not isinstance(asked, dict):
             raise Denied(400, "the request is no JSON object")
-        return await asyncio.to_thread(handler, asked)
+        status, answer = await asyncio.get_running_loop().run_in_executor(self._threads, handler, asked)
+        if name in self.own and "detail" in answer:
+            _note(scope, str(answer["detail"]))
+        return status, answer
 
 
 def _is_of_this_machine(scope: Scope) -> bool:
@@ -189,7 +198,18 @@ async def _answer(send: Send, status: int, content: dict[str, Any]) -> None:
     await send({"type": "http.response.body", "body": json.dumps(content).encode()})
 
 
-def _note(scope: Scope, refusal: Denied) -> None:
+def _noting_refusals(scope: Scope, send: Send) -> Send:
+    """Returns a `send` that also notes what Flower refuses: a guard lets tasks of this machine through, and Flower checks their tokens."""
+
+    async def noting(message: Mapping[str, Any]) -> None:
+        if message["type"] == "http.response.start" and message["status"] in _UNKNOWN_CALLER:
+            _note(scope, f"Flower does not know the caller by its token or key (HTTP {message['status']})")
+        await send(message)
+
+    return noting
+
+
+def _note(scope: Scope, refusal: str) -> None:
     """Writes who was refused what to the log."""
     address = scope["client"][0] if scope["client"] else "unknown"
-    say(f"refused {address}, {scope['path'][:80]!r}: {refusal}", sys.stderr)
+    say(f"refused {address}, {scope['path'][:80]!r}: {printable(refusal)}", sys.stderr)

@@ -43,6 +43,7 @@ def read_pass(key: bytes, method: str, context: grpc.ServicerContext) -> tuple[p
     who = peer(context)
     allowed = read_token(key, method, token_of(context.invocation_metadata()))
     if allowed is None:
+        _LOG.warning("refused %s: %s shows no token of this server", method, who.name if who else context.peer())
         refuse(context, grpc.StatusCode.PERMISSION_DENIED, "no token of this server for that")
     if who is not None and who.name != allowed.node:
         _LOG.warning("refused %s: %s shows the token of %s for %s", method, who.name, allowed.node, allowed.part)

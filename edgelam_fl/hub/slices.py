@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import secrets
 import threading
@@ -41,6 +42,7 @@ SLICES_SERVICE = "Slices"
 _TOKEN_BYTES = 32
 CHUNK_BYTES = 1 << 20  # most bytes per message of Fetch
 _OWN_CHUNK_BYTES = 256 << 10  # of this hub's messages: over a slow link, too, one leaves before patience ends
+_LOG = logging.getLogger(__name__)
 # A node asks for one thing after the other; more calls are for connections that broke and were dialled again.
 LIMITS = PlaceLimits(most=32, most_per_member=4, still_s=30.0)
 
@@ -136,6 +138,7 @@ class Slices:
             try:
                 yield self._source(request.model_digest, token_of(context.invocation_metadata())), place
             except EdgelamError as error:
+                _LOG.warning("refused a slice to %s: %s", place.member or context.peer(), error)
                 context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
 
     # ---------------------------------------------------------------- places of the bytes

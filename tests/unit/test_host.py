@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -795,6 +796,18 @@ def test_the_door_says_why_not(tiny: ModelSource, wrong: dict[str, Any], words: 
     answer = site.group.admit(hello(site, 0, pb.ENTRY, **wrong), theirs)
     assert isinstance(answer, pb.Refuse)
     assert words in answer.reason
+
+
+@pytest.mark.parametrize("wrong", [{"route_token": b""}, {"device_index": 7}, {"node": "edge-0"}])
+def test_who_has_no_route_here_is_refused_without_the_lock_of_those_who_have(
+    tiny: ModelSource, wrong: dict[str, Any]
+) -> None:
+    """Whoever knocks at a host keeps no member waiting at its door, however many do, and waits for none itself."""
+    site = Site(tiny)
+    _, theirs = memory_pair("x", ByteCounters(), ByteCounters())
+    with ThreadPoolExecutor(1) as door, site.group._door:
+        answer = door.submit(site.group.admit, hello(site, 0, pb.ENTRY, **wrong), theirs).result(timeout=WAIT_S)
+    assert isinstance(answer, pb.Refuse)
 
 
 def test_a_host_without_memory_for_one_micro_batch_refuses(tiny: ModelSource) -> None:
