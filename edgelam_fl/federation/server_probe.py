@@ -11,13 +11,16 @@ import re
 import socket
 import ssl
 from dataclasses import dataclass
+from pathlib import Path
 
 from edgelam_fl.addresses import answers, check_plain_text, join_address, split_address
 from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.federation.operator import Operator
+from edgelam_fl.trust.identity import AUTHORITY_FILE
 
 _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})")
 _OK, _SILENT = b"200", b"silent"
+_BY_THE_CLOCK = (9, 10)  # OpenSSL's numbers: not valid yet, expired
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,28 @@ def check_server_answers(operator: Operator, insecure: bool, way_out: str = "") 
                 "" if operator.folder.is_dir() else f" ({operator.folder}, the operator's folder here, does not exist)"
             )
         raise EnvironmentProblem(problem.words + way_out)
+    if operator.identity is not None and not _is_of(server, operator.identity / AUTHORITY_FILE):
+        raise EnvironmentProblem(
+            f"the server at {server} belongs to another federation than the operator's folder {operator.folder} does; name that server's "
+            "own folder with --operator, as it says at its start"
+        )
+
+
+def _is_of(server: str, authority: Path, timeout_s: float = 5.0) -> bool:
+    """Returns whether a server's certificate is of this authority (a PEM file); of other problems it says nothing."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.load_verify_locations(authority)
+    try:
+        with (
+            socket.create_connection(split_address(server, "--server"), timeout_s) as plain,
+            context.wrap_socket(plain),
+        ):
+            return True
+    except ssl.SSLCertVerificationError as error:
+        return error.verify_code in _BY_THE_CLOCK
+    except OSError:  # whoever asks next says what it is
+        return True
 
 
 def is_healthy(host: str, port: int, *, tls: bool, timeout_s: float = 5.0) -> bool:

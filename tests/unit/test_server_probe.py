@@ -15,9 +15,9 @@ import pytest
 from edgelam_fl.addresses import free_port
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
 from edgelam_fl.federation.join import ServerInSight, await_server
-from edgelam_fl.federation.operator import Operator
+from edgelam_fl.federation.operator import Operator, prepare_operator
 from edgelam_fl.federation.server_probe import ServerProblem, check_server_answers, problem_at
-from edgelam_fl.trust.identity import CERTIFICATE_FILE, KEY_FILE
+from edgelam_fl.trust.identity import CERTIFICATE_FILE, KEY_FILE, load_identity
 from edgelam_fl.trust.server import prepare_trust
 from tests.by_hand import HandClock
 from tests.support import hang_up_on_all
@@ -115,6 +115,21 @@ def test_a_command_of_the_operators_ends_with_the_reason() -> None:
 
 
 # ---------------------------------------------------------------- a node
+
+
+def test_an_operators_folder_of_another_federation_is_named(tmp_path: Path) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trusts = [prepare_trust(tmp_path / name, "127.0.0.1", 1) for name in ("old", "new")]
+    context.load_cert_chain(trusts[1].identity / CERTIFICATE_FILE, trusts[1].identity / KEY_FILE)
+    with serving(Healthy, context) as port:
+        for trust in trusts:
+            prepare_operator(trust.identity.with_name("operator"), "127.0.0.1:1", load_identity(trust.identity))
+        old, new = (Operator(f"127.0.0.1:{port}", trust.identity.with_name("operator")) for trust in trusts)
+        check_server_answers(new, insecure=False)
+        with pytest.raises(
+            EnvironmentProblem, match=r"another federation than the operator's folder .*old.*--operator"
+        ):
+            check_server_answers(old, insecure=False)
 
 
 def test_a_node_that_finds_no_server_says_so_and_tries_on() -> None:
