@@ -10,7 +10,6 @@ work on the floods is contained and the attacker's own is not. Time by the clock
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from tests.fleet import check_done
 from tests.fuzz import resident_bytes
 from tests.parity.daemons import Daemon, running
 from tests.parity.test_grpc_processes import fleet_of
-from tests.support import run_config, write_data_files, write_tiny_llama
+from tests.support import cpu_seconds, run_config, write_data_files, write_tiny_llama
 
 PAIRS, STEPS, STREAMS, PINGS = 3, 20, 10_000, 100_000
 BAR_PERCENT, MOST_MIB = 5.0, 64.0
@@ -106,12 +105,6 @@ def _run(
     attack = json.loads(attacker.communicate(timeout=ATTACK_S)[0]) if attacker is not None else {}
     cpu_s = sum(map(cpu_seconds, pids)) - before
     return Run(cpu_s, reports["device-1"].train_seconds, resident_bytes(pids[0]), attack)
-
-
-def cpu_seconds(pid: int) -> float:
-    """Returns the processor time that a process has used, in seconds."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -90,6 +91,11 @@ def write_data_files(folder: Path) -> list[Path]:
         file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         files.append(file)
     return files
+
+
+def cpu_seconds(pid: int) -> float:
+    """Returns the processor time that a process has used, all threads together, in seconds. Linux only. OSError: there is none."""
+    return time.clock_gettime((~pid << 3) | 2)  # as clock_getcpuclockid(3) makes it
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from benchmarks.chaos.course import Course
 from benchmarks.chaos.federation import Federation
 from benchmarks.chaos.processes import processes
 from benchmarks.common import Figure, main
-from benchmarks.floods import cpu_seconds
+from tests.support import cpu_seconds
 
 RUN_S = 1200.0
 SPEED_BAR, BYTES_BAR = 0.97, 1.01

@@ -10,15 +10,14 @@ from pathlib import Path
 from benchmarks.compared.load import Load
 from benchmarks.compared.shaped import UNSHAPED, Shape
 from benchmarks.compared.workers import Step, peak_bytes
-from benchmarks.floods import cpu_seconds
 from edgelam_fl.federation.child import end_all
 from edgelam_fl.plan.making import RoundFacts
 from edgelam_fl.wire import edgelam_pb2 as pb
 from tests.fleet import Fleet, check_done
 from tests.parity.daemons import Daemon
+from tests.support import cpu_seconds
 
 _DATA = 0.97  # of a link's rate, so that no queue builds up before it; the rest is for headers
-_LEAST_CPU_S = 0.01  # the kernel counts in hundredths
 
 
 class Product:
@@ -38,7 +37,7 @@ class Product:
         cpu_s = sum(map(cpu_seconds, pids)) - before
         devices = [self.reports[name] for name in self._fleet.devices]
         seconds = max(report.train_seconds for report in devices)
-        return Step(seconds, max(cpu_s, _LEAST_CPU_S), sum(report.tokens_trained for report in devices))
+        return Step(seconds, cpu_s, sum(report.tokens_trained for report in devices))
 
     def peak_bytes(self) -> list[int]:
         return [peak_bytes(daemon.child.pid) for daemon in self._daemons.values()]
