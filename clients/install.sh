@@ -98,7 +98,7 @@ if [ -z "$board" ]; then
   esac
 fi
 [ -e "constraints/$board.txt" ] || fail "--board = $board must be pi4, pi5, jetson, arm64 or x86"
-constraints="constraints/$board.txt constraints/tested.txt"
+constraints="constraints/$board.txt constraints/tested.txt" lock=constraints/boards.lock
 
 find_python
 [ -n "$python" ] || command -v uv >/dev/null \
@@ -122,7 +122,7 @@ make_environment
 install_locked() {
   if [ -e "constraints/torch-$machine.lock" ]; then hashed -r "constraints/torch-$machine.lock"
   else install_with_torch cpu --no-deps --compile-bytecode; fi \
-    && hashed -r constraints/boards.lock \
+    && hashed -r $lock \
     && uv_install --no-deps --compile-bytecode --reinstall-package edgelam-fl "$from"
 }
 hashed() { "$venv/bin/uv" pip install --python "$venv/bin/python" --require-hashes --no-deps --compile-bytecode "$@"; }

@@ -1,5 +1,6 @@
 # Functions for tools/setup.sh and clients/install.sh: find a usable Python, make an environment with uv, install PyTorch without CUDA.
-# They read $venv (the environment's folder) and $constraints (files), and know no package except PyTorch.
+# They read $venv (the environment's folder), $constraints (files) and $lock (a file with hashes, or empty), and know no package
+# except PyTorch and uv.
 # shellcheck shell=sh disable=SC2154  # the sourcing script sets them
 
 python_range='>=3.11,<3.14'
@@ -42,6 +43,10 @@ make_environment() {
   [ -z "$index" ] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$index}"
 
   set -- -c constraints/tested.txt uv # uv, which flwr depends on anyway
+  if [ -n "$lock" ]; then # uv checks the hashes of all others
+    sed -n '/^uv==/,/[^\\]$/p' "$lock" >"$venv/uv.lock"
+    set -- --require-hashes --no-deps -r "$venv/uv.lock"
+  fi
   if [ -x "$venv/bin/uv" ]; then :
   elif command -v uv >/dev/null; then uv pip install --quiet --python "$venv/bin/python" "$@"
   else "$venv/bin/python" -m pip install --quiet --no-input --disable-pip-version-check "$@"; fi

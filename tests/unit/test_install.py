@@ -204,3 +204,17 @@ def test_a_lock_is_split_into_torch_and_the_rest() -> None:
     assert [line for line in torch.splitlines() if not line.startswith("#")] == [
         "torch==2 \\", "    --hash=sha256:2 \\", "    --hash=sha256:3",
     ]  # fmt: skip
+
+
+def test_uv_itself_comes_by_its_hashes(tmp_path: Path) -> None:
+    """uv checks the hashes of all other packages, so pip has to check those of uv."""
+    said = tmp_path / "said"
+    python = programs(tmp_path / "bin", {"python": f'echo "$@" >>{said}'}) / "python"
+    program = f". tools/environment.sh; venv={tmp_path} constraints= lock=constraints/boards.lock; make_environment"
+    subprocess.run(["/bin/sh", "-euc", program], cwd=ROOT, env={"PATH": "/usr/bin:/bin"}, check=True)
+    assert python.exists()
+    (installed,) = [line for line in said.read_text(encoding="utf-8").splitlines() if line.startswith("-m pip install")]
+    assert installed.endswith(f"--require-hashes --no-deps -r {tmp_path}/uv.lock")
+    version, hashes = locked("boards.lock")["uv"]
+    text = (tmp_path / "uv.lock").read_text(encoding="utf-8")
+    assert text.split() == f"uv=={version} {' '.join(hashes)}".split()
