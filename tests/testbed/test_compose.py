@@ -180,7 +180,7 @@ def test_three_devices_in_containers_train_and_leave_a_report(tmp_path: Path) ->
     build(IMAGE)
     testbed = read_testbed(FILE, cores=64)
     folder = new_folder(tmp_path / "run")
-    with started(testbed, folder, "edgelam-testbed-test", Console()) as containers:
+    with started(testbed, folder, "edgelam-testbed-test", Console(), lend=True) as containers:  # all nodes serve then
         nodes = [node.name for node in testbed.nodes]
         for name in nodes:
             rights = containers.ask(name, RIGHTS).split()
