@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -83,7 +84,7 @@ FILES: Mapping[str, tuple[str, str | bytes | None, list[str], str]] = {
     "preference": ("a.jsonl", '{"prompt": "LEAK", "chosen": "LEAK", "rejected": "LEAK"}\n' * 2, [], "line 1"),
     "several-sets": ("sets", None, [], ""),
     "template": ("a.jsonl", CHAT % 1 + CHAT % 2 + CHAT % 3, [], ""),
-    "too-long": ("a.jsonl", "LEAK" * 20, [], "line 1"),
+    "too-long": ("long.jsonl", "LEAK", [], "line 1"),
     "tools": ("a.jsonl", '{"messages": [{"role": "assistant", "tool_calls": "LEAK"}]}\n' * 2, [], "line 1"),
     "turn": ("a.jsonl", '{"messages": [{"role": "LEAK", "content": "LEAK"}]}\n' * 2, [], "line 1"),
     "unknown-class": ("a.jsonl", ROWS, CLASSES, "line 1"),
@@ -107,6 +108,8 @@ def data_file(tmp_path: Path, name: str, content: str | bytes | None) -> Path:
         file.parent.touch()
     elif content is not None:
         file.write_bytes(content.encode() if isinstance(content, str) else content)
+    if name.startswith("long."):
+        os.truncate(file, 1 << 26)  # one line, most of which is a hole that takes no room on the disk
     return file
 
 
@@ -144,8 +147,6 @@ def test_s9_no_data_file_speaks_of_its_data(
     """Neither in the profile nor in the report of a part; the node's own log has the whole message."""
     if fault == "template":
         monkeypatch.setattr("edgelam_fl.tasks.chat_template.ChatTemplate.whole", _refusing_template)
-    if fault == "too-long":
-        monkeypatch.setattr("edgelam_fl.tasks.files._LONGEST_CHARACTERS", 40)
     name, content, overrides, place = FILES[fault]
     events: list[Event] = []
     node = device(data_file(tmp_path, name, content), events)
