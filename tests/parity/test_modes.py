@@ -30,6 +30,8 @@ from tests.parity.reference import Reference
 from tests.support import run_config
 
 STEPS = 10  # each device begins its data for the second time
+FEW = 4  # more than optimizers need until their moments count
+OF_BASE = {"fp32": STEPS, "bf16": FEW}  # the CPU computes bf16 slowly
 Reports = dict[str, pb.JobReport]
 
 
@@ -93,15 +95,32 @@ def assert_same_as(reports: Reports, reference: Reference) -> None:
 
 
 @pytest.fixture(scope="module")
+def undisturbed(tiny: ModelSource, data_files: list[Path]) -> Callable[[str, int, str], Reports]:
+    """Plays a round of all devices in a mode, over so many hosts and with a base, once each."""
+
+    @cache
+    def played(mode: str, hosts: int, base: str = "fp32") -> Reports:
+        return run_rounds(tiny, shared_front(tiny, mode, hosts, base), data_files, steps=OF_BASE[base])[0]
+
+    return played
+
+
+def shared_front(source: ModelSource, mode: str, hosts: int, base: str = "fp32") -> RunConfig:
+    settings = (f"split.host_mode={mode}", f"split.hosts={hosts}", "split.front=1", f"model.base={base}")
+    return run_config(source.name, *settings)
+
+
+@pytest.fixture(scope="module")
 def shared_middle(tiny: ModelSource, data_files: list[Path]) -> Callable[[str, str], Reference]:
     """Trains the plain loop in a mode and a base, once each: the number of hosts is nothing to it."""
 
     @cache
     def trained(mode: str, base: str) -> Reference:
-        config = run_config(tiny.name, f"split.host_mode={mode}", "split.front=1", f"model.base={base}")
+        config = shared_front(tiny, mode, 1, base)
         kept = dict.fromkeys(["device-1", "device-2", "device-3"], (1, 4))
         reference = Reference(tiny, config, start_of(tiny, config), kept)
-        getattr(reference, mode)(batches_of(tiny, config, data_files, STEPS), STEPS)
+        steps = OF_BASE[base]
+        getattr(reference, mode)(batches_of(tiny, config, data_files, steps), steps)
         return reference
 
     return trained
@@ -111,41 +130,41 @@ def shared_middle(tiny: ModelSource, data_files: list[Path]) -> Callable[[str, s
 @pytest.mark.parametrize("hosts", [1, 2])
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
 def test_three_devices_train_like_one_loop_with_a_shared_middle(
-    tiny: ModelSource,
-    data_files: list[Path],
+    undisturbed: Callable[..., Reports],
     shared_middle: Callable[[str, str], Reference],
     mode: str,
     hosts: int,
     base: str,
 ) -> None:
-    config = run_config(
-        tiny.name, f"split.host_mode={mode}", f"split.hosts={hosts}", "split.front=1", f"model.base={base}"
-    )
-    reports, _ = run_rounds(tiny, config, data_files)
-    assert_same_as(reports, shared_middle(mode, base))
+    assert_same_as(undisturbed(mode, hosts, base), shared_middle(mode, base))
 
 
 def test_a_device_does_not_wait_for_decisions_about_others(
-    tiny: ModelSource, data_files: list[Path], monkeypatch: pytest.MonkeyPatch
+    tiny: ModelSource,
+    data_files: list[Path],
+    undisturbed: Callable[..., Reports],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A device finds the close of another's turn in its inbox when its own step begins."""
-    config = run_config(tiny.name, "split.host_mode=sequential", "split.front=1")
-    undisturbed, _ = run_rounds(tiny, config, data_files)
+    expected_reports = undisturbed("sequential", 1)
     monkeypatch.setattr(Inbox, "empty", lambda inbox: False)
-    reports, _ = run_rounds(tiny, config, data_files)
+    reports, _ = run_rounds(tiny, shared_front(tiny, "sequential", 1), data_files)
     for source in ("site", "ends"):
-        got, expected = by_source(reports, source), by_source(undisturbed, source)
+        got, expected = by_source(reports, source), by_source(expected_reports, source)
         assert got.keys() == expected.keys() != set()
         assert all(same_bits(got[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
 def test_a_host_waits_for_a_table_that_is_later_than_the_totals(
-    tiny: ModelSource, data_files: list[Path], mode: str, monkeypatch: pytest.MonkeyPatch
+    tiny: ModelSource,
+    data_files: list[Path],
+    undisturbed: Callable[..., Reports],
+    mode: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each device's frames go along the chain on a link of their own, and one of the links is slow."""
-    config = run_config(tiny.name, f"split.host_mode={mode}", "split.hosts=2", "split.front=1")
-    undisturbed, _ = run_rounds(tiny, config, data_files)
+    expected_reports = undisturbed(mode, 2)
     line = ThreadPoolExecutor(1)  # keeps the order of what the slow link brings, its end included
 
     def slowly(put_in: Callable[..., None], due: float, *arguments: object) -> None:
@@ -163,8 +182,8 @@ def test_a_host_waits_for_a_table_that_is_later_than_the_totals(
 
     monkeypatch.setattr(Inbox, "on_lost", delayed(Inbox.on_lost))
     monkeypatch.setattr(Inbox, "on_frame", delayed(Inbox.on_frame))
-    reports, _ = run_rounds(tiny, config, data_files)
-    got, expected = by_source(reports, "site"), by_source(undisturbed, "site")
+    reports, _ = run_rounds(tiny, shared_front(tiny, mode, 2), data_files)
+    got, expected = by_source(reports, "site"), by_source(expected_reports, "site")
     assert got.keys() == expected.keys() != set()
     assert all(same_bits(got[name], expected[name]) for name in expected)
 
@@ -178,22 +197,22 @@ def test_devices_with_unlike_cuts_share_the_layers_that_their_routes_cross(
         tiny.name, f"split.host_mode={mode}", "split.fronts={ device-1 = 1, device-2 = 4 }", "split.back=1",
         "split.backs={ device-3 = 0 }",
     )  # fmt: skip
-    reports, _ = run_rounds(tiny, config, data_files)
+    reports, _ = run_rounds(tiny, config, data_files, steps=FEW)
     kept = {"device-1": (1, 5), "device-2": (4, 5), "device-3": (2, 6)}
     reference = Reference(tiny, config, start_of(tiny, config), kept)
-    getattr(reference, mode)(batches_of(tiny, config, data_files, STEPS), STEPS)
+    getattr(reference, mode)(batches_of(tiny, config, data_files, FEW), FEW)
     assert_same_as(reports, reference)
 
 
 def test_unlike_cuts_are_averaged_per_module_by_its_own_sources(tiny: ModelSource, data_files: list[Path]) -> None:
     config = run_config(tiny.name, "split.fronts={ device-1 = 1, device-2 = 4 }", "split.back=1")
-    reports, adapter = run_rounds(tiny, config, data_files[:2])
+    reports, adapter = run_rounds(tiny, config, data_files[:2], steps=FEW)
     ends, (site,) = by_source(reports, "ends"), by_source(reports, "site").values()
     name = "base_model.model.model.layers.3.self_attn.q_proj.lora_B.weight"
     assert (name in ends["device-1"], name in ends["device-2"], name in site) == (False, True, True)
     labels = {
         device: sum(unit.count for step in steps for unit in step)
-        for device, steps in batches_of(tiny, config, data_files[:2], STEPS).items()
+        for device, steps in batches_of(tiny, config, data_files[:2], FEW).items()
     }
     expected = (ends["device-2"][name] * labels["device-2"] + site[name] * labels["device-1"]) / sum(labels.values())
     np.testing.assert_allclose(adapter[name], expected, rtol=1e-5, atol=1e-9)
@@ -225,8 +244,8 @@ def test_copies_averaged_are_unsplit_federated_lora(tiny: ModelSource, data_file
     settings = [f"model.base={base}", "split.front=1"]
     split = run_config(tiny.name, "split.host_mode=copies", "split.hosts=2", *settings)
     whole = run_config(tiny.name, "split.hosts=0", *settings)
-    _, got = run_rounds(tiny, split, data_files, rounds=2, steps=6)
-    _, expected = run_rounds(tiny, whole, data_files, rounds=2, steps=6)
+    _, got = run_rounds(tiny, split, data_files, rounds=2, steps=3)
+    _, expected = run_rounds(tiny, whole, data_files, rounds=2, steps=3)
     assert same_bits(got, expected)
     assert not same_bits(got, start_of(tiny, split))
 
@@ -234,13 +253,13 @@ def test_copies_averaged_are_unsplit_federated_lora(tiny: ModelSource, data_file
 def test_sites_train_apart_and_are_averaged(tiny: ModelSource, data_files: list[Path]) -> None:
     """device-1 and device-3 at the first site, device-2 at the second: each site is a run of its own."""
     config = run_config(tiny.name, "split.sites=2")
-    reports, adapter = run_rounds(tiny, config, data_files)
+    reports, adapter = run_rounds(tiny, config, data_files, steps=FEW)
     sites = by_source(reports, "site")
     assert set(sites) == {"edge-1", "edge-2"}
-    batches = batches_of(tiny, config, data_files, STEPS)
+    batches = batches_of(tiny, config, data_files, FEW)
     for site, members in (("edge-1", ["device-1", "device-3"]), ("edge-2", ["device-2"])):
         reference = Reference(tiny, config, start_of(tiny, config), dict.fromkeys(members, (2, 4)))
-        reference.joint(batches, STEPS)
+        reference.joint(batches, FEW)
         assert same_bits(sites[site], reference.site_adapter())
     weights = {c.source: c.weight for r in reports.values() for c in r.contributions if c.scope == "site"}
     for name, array in sites["edge-1"].items():
@@ -252,39 +271,57 @@ def test_sites_train_apart_and_are_averaged(tiny: ModelSource, data_files: list[
 def test_devices_that_each_host_a_slice_train_the_same(tiny: ModelSource, data_files: list[Path], mode: str) -> None:
     """No edge server: device-1 hosts layer 2, device-2 layer 3, and both train over their own and each other's."""
     config = run_config(tiny.name, f"split.host_mode={mode}", "split.host_on=any", "split.hosts=2")
-    reports, _ = run_rounds(tiny, config, data_files)
+    reports, _ = run_rounds(tiny, config, data_files, steps=FEW)
     assert [reports[f"device-{n}"].host.first_layer for n in (1, 2)] == [2, 3]
     reference = Reference(
         tiny, config, start_of(tiny, config), dict.fromkeys(["device-1", "device-2", "device-3"], (2, 4))
     )
-    getattr(reference, mode)(batches_of(tiny, config, data_files, STEPS), STEPS)
+    getattr(reference, mode)(batches_of(tiny, config, data_files, FEW), FEW)
     assert_same_as(reports, reference)
+
+
+@pytest.fixture(scope="module")
+def unsplit(tiny: ModelSource, data_files: list[Path]) -> Callable[[str, int, bool, float], Adapter]:
+    """Trains the plain loop in a mode, with so many devices, with or without hosts, below a norm (0: any), once each."""
+
+    @cache
+    def trained(mode: str, devices: int, split: bool, most: float) -> Adapter:
+        clip = ("optimizer.clip=global", f"optimizer.max_norm={most}") if most else ()
+        config = run_config(tiny.name, f"split.hosts={int(split)}", f"split.host_mode={mode}", "split.front=1", *clip)
+        batches = batches_of(tiny, config, data_files[:devices], FEW)
+        made = Reference(tiny, config, start_of(tiny, config), dict.fromkeys(batches, (1, 4) if split else (0, 6)))
+        getattr(made, mode)(batches, FEW)
+        return {**made.own_adapter("device-1"), **made.site_adapter()}
+
+    return trained
 
 
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
 @pytest.mark.parametrize(("hosts", "devices"), [(0, 1), (1, 1), (3, 1), (2, 3)])
 def test_a_global_norm_is_clipped_over_all_stages(
-    tiny: ModelSource, data_files: list[Path], hosts: int, devices: int, mode: str
+    tiny: ModelSource,
+    data_files: list[Path],
+    unsplit: Callable[[str, int, bool, float], Adapter],
+    hosts: int,
+    devices: int,
+    mode: str,
 ) -> None:
     config = run_config(
         tiny.name, f"split.hosts={hosts}", f"split.host_mode={mode}", "split.front=1", "optimizer.clip=global",
         "optimizer.max_norm=0.05",
     )  # fmt: skip
-    files = data_files[:devices]
-    reports, _ = run_rounds(tiny, config, files)
+    reports, _ = run_rounds(tiny, config, data_files[:devices], steps=FEW)
     start = start_of(tiny, config)
-    batches = batches_of(tiny, config, files, STEPS)
-
-    def reference(config: RunConfig) -> Adapter:
-        made = Reference(tiny, config, start, dict.fromkeys(batches, (1, 4) if hosts else (0, 6)))
-        getattr(made, mode)(batches, STEPS)
-        return {**made.own_adapter("device-1"), **made.site_adapter()}
-
     ends, sites = by_source(reports, "ends"), by_source(reports, "site")
     got = {**ends["device-1"], **next(iter(sites.values()), {})}
-    assert relative_distance(got, reference(config), start) < 1e-5
-    free = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"clip": "none"})})
-    assert relative_distance(got, reference(free), start) > 1e-3, "the limit was never reached"
+    assert relative_distance(got, unsplit(mode, devices, hosts > 0, 0.05), start) < 1e-5
+    assert relative_distance(got, unsplit(mode, devices, hosts > 0, 0.0), start) > 1e-3, "the limit was never reached"
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: ModelSource, data_files: list[Path]) -> Adapter:
+    """Trains one device that holds the whole model."""
+    return run_rounds(tiny, run_config(tiny.name, "split.hosts=0"), data_files[:1], steps=FEW)[1]
 
 
 @pytest.mark.parametrize(
@@ -293,15 +330,14 @@ def test_a_global_norm_is_clipped_over_all_stages(
     ids=["dropout", "checkpointing", "both"],
 )
 def test_dropout_and_checkpointing_do_not_depend_on_the_split(
-    tiny: ModelSource, data_files: list[Path], settings: list[str]
+    tiny: ModelSource, data_files: list[Path], alone: Adapter, settings: list[str]
 ) -> None:
     whole = run_config(tiny.name, "split.hosts=0", *settings)
     split = run_config(tiny.name, "split.hosts=2", *settings)
-    _, expected = run_rounds(tiny, whole, data_files[:1])
-    _, got = run_rounds(tiny, split, data_files[:1])
+    _, expected = run_rounds(tiny, whole, data_files[:1], steps=FEW)
+    _, got = run_rounds(tiny, split, data_files[:1], steps=FEW)
     assert same_bits(got, expected)
-    _, plain = run_rounds(tiny, run_config(tiny.name, "split.hosts=0"), data_files[:1])
-    assert same_bits(expected, plain) == ("lora.dropout=0.2" not in settings)
+    assert same_bits(expected, alone) == ("lora.dropout=0.2" not in settings)
 
 
 def test_the_models_own_dropout_does_not_depend_on_the_split(
@@ -325,8 +361,9 @@ def test_a_last_stage_that_sees_the_labels_trains_the_same(
 ) -> None:
     """SplitLoRA's route: the head on the last host. The same numbers as with the head, and no LoRA, on the device."""
     settings = ["split.hosts=2", "split.back=0", f"split.host_mode={mode}"]
-    with_labels, adapter = run_rounds(tiny, run_config(tiny.name, "split.labels=last-stage", *settings), data_files)
-    own, expected = run_rounds(tiny, run_config(tiny.name, *settings), data_files)
+    last_stage = run_config(tiny.name, "split.labels=last-stage", *settings)
+    with_labels, adapter = run_rounds(tiny, last_stage, data_files, steps=FEW)
+    own, expected = run_rounds(tiny, run_config(tiny.name, *settings), data_files, steps=FEW)
     assert same_bits(adapter, expected)
     for name in ("device-1", "device-2", "device-3"):
         assert with_labels[name].eval_loss_sum == own[name].eval_loss_sum
@@ -349,9 +386,9 @@ def test_a_device_with_fewer_batches_sits_out_the_rest_of_an_epoch(tiny: ModelSo
 
 
 def test_a_learning_rate_of_its_own_for_each_step(tiny: ModelSource, data_files: list[Path]) -> None:
-    settings = ["optimizer.schedule=linear", "federation.rounds=1", f"federation.local_steps={STEPS}"]
-    _, got = run_rounds(tiny, run_config(tiny.name, *settings), data_files[:1])
-    _, whole = run_rounds(tiny, run_config(tiny.name, "split.hosts=0", *settings), data_files[:1])
-    _, constant = run_rounds(tiny, run_config(tiny.name), data_files[:1])
+    settings = ["optimizer.schedule=linear", "federation.rounds=1", f"federation.local_steps={FEW}"]
+    _, got = run_rounds(tiny, run_config(tiny.name, *settings), data_files[:1], steps=FEW)
+    _, whole = run_rounds(tiny, run_config(tiny.name, "split.hosts=0", *settings), data_files[:1], steps=FEW)
+    _, constant = run_rounds(tiny, run_config(tiny.name), data_files[:1], steps=FEW)
     assert same_bits(got, whole)
     assert relative_distance(got, constant, start_of(tiny, run_config(tiny.name))) > 0.1
