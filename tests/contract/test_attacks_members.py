@@ -30,6 +30,7 @@ from tests.support import run_config, write_tiny_llama
 STEPS, BAD, HONEST = 4, "device-3", ("device-1", "device-2")
 LAST_STAGE, GLOBAL, COPIES = "split.labels=last-stage", "optimizer.clip=global", "split.host_mode=copies"
 INF, NAN = math.inf, math.nan
+A_LAYER_EACH = ("split.front=1", "split.back=1")  # of a model of three
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +39,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    """A random Llama of three layers: device, host and device hold one each."""
+    return find_model(str(write_tiny_llama(tmp_path_factory.mktemp("small-llama"), layers=3)))
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,8 @@ S8 = {
 
 def check_attack(source: ModelSource, data: list[Path], attack: Attack, *overrides: str) -> None:
     """Plays a round with the attack: the host goes on, its adapter is sound, the others miss no step, the device is named."""
-    config = run_config(str(source.folder), "federation.step_deadline_s=60", *attack.settings, *overrides)
+    settings = (*A_LAYER_EACH, "federation.step_deadline_s=60", *attack.settings, *overrides)
+    config = run_config(str(source.folder), *settings)
     start = initial_adapter(source, config.lora.targets, config.lora.rank, 1)
     dials = {BAD: lambda dial: dishonest(dial, attack.change)}
     with memory_fleet(source, config, data, dials=dials) as fleet:
@@ -158,24 +166,26 @@ def moved(start: adapters.Adapter, end: adapters.Adapter) -> float:
 
 @pytest.mark.parametrize("attack", S7.values(), ids=S7)
 def test_s7_no_number_of_a_device_spoils_the_joint_adapter(
-    tiny: ModelSource, data_files: list[Path], attack: Attack
+    small: ModelSource, data_files: list[Path], attack: Attack
 ) -> None:
-    check_attack(tiny, data_files, attack)
+    check_attack(small, data_files, attack)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("clip", ["none", "stage", "global"])
 @pytest.mark.parametrize("mode", ["joint", "sequential", "copies"])
 def test_s7_in_every_mode_with_every_clip_and_optimizer(
-    tiny: ModelSource, data_files: list[Path], mode: str, clip: str, optimizer: str
+    small: ModelSource, data_files: list[Path], mode: str, clip: str, optimizer: str
 ) -> None:
     settings = (f"split.host_mode={mode}", f"optimizer.clip={clip}", f"optimizer.name={optimizer}")
-    check_attack(tiny, data_files, S7["grad_1e6"], *settings)
+    check_attack(small, data_files, S7["grad_1e6"], *settings)
 
 
 @pytest.mark.parametrize("attack", S8.values(), ids=S8)
-def test_s8_no_frame_of_a_device_ends_the_job_of_all(tiny: ModelSource, data_files: list[Path], attack: Attack) -> None:
-    check_attack(tiny, data_files, attack)
+def test_s8_no_frame_of_a_device_ends_the_job_of_all(
+    small: ModelSource, data_files: list[Path], attack: Attack
+) -> None:
+    check_attack(small, data_files, attack)
 
 
 @pytest.mark.parametrize(
@@ -198,24 +208,24 @@ def test_s7_who_is_found_out_late_costs_the_others_a_round_and_nothing_else(tmp_
 
 @pytest.mark.parametrize(("kind", "value"), [(pb.GRAD, NAN), (pb.ACT, INF)], ids=["gradient", "hidden states"])
 def test_s19_a_device_says_which_host_sent_what_is_not_finite(
-    tiny: ModelSource, data_files: list[Path], kind: int, value: float
+    small: ModelSource, data_files: list[Path], kind: int, value: float
 ) -> None:
-    config = run_config(str(tiny.folder))
-    start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
+    config = run_config(str(small.folder), *A_LAYER_EACH)
+    start = initial_adapter(small, config.lora.targets, config.lora.rank, 1)
     dials = {BAD: lambda dial: with_a_dishonest_host(dial, on(kind, filled(value)))}
-    with memory_fleet(tiny, config, data_files, dials=dials) as fleet:
+    with memory_fleet(small, config, data_files, dials=dials) as fleet:
         report = fleet.run(start, STEPS)[BAD]
     assert report.error == "host edge-1 sent values that are not finite, in step 0"
     assert not report.contributions
 
 
 def test_s19_a_finite_gradient_of_a_host_that_overflows_leaves_the_own_layers_as_they_are(
-    tiny: ModelSource, data_files: list[Path]
+    small: ModelSource, data_files: list[Path]
 ) -> None:
-    config = run_config(str(tiny.folder))
-    start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
+    config = run_config(str(small.folder), *A_LAYER_EACH)
+    start = initial_adapter(small, config.lora.targets, config.lora.rank, 1)
     dials = {BAD: lambda dial: with_a_dishonest_host(dial, on(pb.GRAD, filled(3e38)))}
-    with memory_fleet(tiny, config, data_files, dials=dials) as fleet:
+    with memory_fleet(small, config, data_files, dials=dials) as fleet:
         report = fleet.run(start, STEPS)[BAD]
     reason = "the gradient of its own layers is not finite, after what edge-1 sent"
     assert [(step.counted, step.reason) for step in report.steps] == [(False, reason)] * STEPS
