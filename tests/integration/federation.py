@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 from unittest.mock import patch
@@ -31,6 +32,7 @@ from edgelam_fl.federation.template import warm_template
 from edgelam_fl.telemetry.events import Event, RunDone, of_kind
 from edgelam_fl.telemetry.summary import DeviceSummary, Summary, read_summary
 from edgelam_fl.trust.server import ServerTrust, prepare_trust, trust_folder
+from tests.flower_api import state_of_run
 from tests.integration.proxy import Connection, CountingProxy, DecryptingProxy
 from tests.support import WAIT_S
 
@@ -142,14 +144,14 @@ class Federation:
             if tap is not None:
                 tap.close()
 
-    def wait_for(self, done: Callable[[], bool], deadline_s: float, what: str, every_s: float = _POLL_S) -> None:
+    def wait_for(self, done: Callable[[], bool], deadline_s: float, what: str) -> None:
         """Raises with the end of every log when `done` stays false."""
         end = time.monotonic() + deadline_s
         try:
             while not done():
                 if time.monotonic() > end:
                     raise TimeoutError(f"waited {deadline_s:.0f} s for {what}")
-                time.sleep(every_s)
+                time.sleep(_POLL_S)
         except (TimeoutError, EnvironmentProblem, RunFailed) as error:
             error.add_note(self.logs())
             raise
@@ -164,10 +166,9 @@ class Federation:
         """One run, from submission to the end of its ServerApp. `meanwhile` is called every `_POLL_S` seconds."""
         submission = Submission(self.operator)
 
-        def submit(out: Path) -> Callable[[], str]:
+        def submit(out: Path) -> int:
             with patch.dict(os.environ, DEAD_PROXY):
-                submission.submit(config, out)
-            return submission.status
+                return submission.submit(config, out)
 
         try:
             return self.follow(name, submit, meanwhile)
@@ -175,13 +176,11 @@ class Federation:
             error.add_note(f"Flower's log: {submission.log()}")
             raise
 
-    def follow(
-        self, name: str, submit: Callable[[Path], Callable[[], str]], meanwhile: Callable[[], object] = lambda: None
-    ) -> Run:
-        """A run that `submit` starts in the folder that it is given; it returns how to ask Flower for the state."""
+    def follow(self, name: str, submit: Callable[[Path], int], meanwhile: Callable[[], object] = lambda: None) -> Run:
+        """Follows a run that `submit` starts in the folder that it is given; it returns Flower's id of the run."""
         assert self.data_plane is not None
         out, known = self.folder / "runs" / name, len(self.data_plane.connections)
-        status = submit(out)
+        status = partial(state_of_run, self.operator, submit(out))
         try:
             events = list(run_events(out / "events.jsonl", status, WAIT_S, meanwhile=meanwhile))
         except (EnvironmentProblem, RunFailed) as error:
@@ -189,7 +188,7 @@ class Federation:
             raise
         assert isinstance(events[-1], RunDone), f"{events[-1]}\n{self.logs()}"
         self.wait_for(lambda: (out / "report.html").exists(), WAIT_S, "the report")
-        self.wait_for(lambda: status() == "finished:completed", WAIT_S, f"Flower to close run {name}", every_s=3.0)
+        self.wait_for(lambda: status() == "finished:completed", WAIT_S, f"Flower to close run {name}")
         return Run(out, events, by_device(self.data_plane.connections[known:], list(self.data)))
 
     def flwr(self, *arguments: str, expect: int = 0) -> str:

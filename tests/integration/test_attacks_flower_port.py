@@ -26,7 +26,7 @@ from flwr.proto.control_pb2 import (
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, RegisterNodeFleetRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, GetNodesRequest
 from flwr.supercore.control import ControlHttpClient
-from flwr.supercore.interceptors.http import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
+from flwr.supercore.interceptors.http import RuntimeTokenHttpInterceptor
 from flwr.supercore.primitives.asymmetric import bytes_to_private_key, generate_key_pairs, public_key_to_bytes
 from flwr.supercore.runtime.runtime_http_client import RuntimeHttpClient
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -49,6 +49,7 @@ from edgelam_fl.trust.identity import DEVICE, new_key, public_key
 from edgelam_fl.trust.join_service import JOIN, ROUTE, SYNC
 from edgelam_fl.trust.server import prepare_trust
 from edgelam_fl.trust.signed import sign_request
+from tests.flower_api import Token, new_client
 from tests.support import WAIT_S
 
 pytestmark = pytest.mark.processes
@@ -101,8 +102,7 @@ class Server:
 
     def client(self, kind: Any, *interceptors: Any) -> Any:
         """One of Flower's clients, which is closed with the server."""
-        version = RuntimeVersionHttpInterceptor(component_name="a test")
-        made = kind.from_server_address(self.address, False, self.authority, [version, *interceptors])
+        made = new_client(kind, self.address, self.authority, *interceptors)
         self._clients.callback(made.close)
         return made
 
@@ -120,18 +120,6 @@ class Server:
             env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=WAIT_S, check=False,
         )  # fmt: skip
         answer: dict[str, Any] = json.loads(done.stdout)
-        return answer
-
-
-class Token:
-    """Sends a token as Flower's command does."""
-
-    def __init__(self, token: str) -> None:
-        self._token = token
-
-    def intercept(self, context: Any, call_next: Any) -> httpx.Response:
-        context.request.headers["Authorization"] = f"Bearer {self._token}"
-        answer: httpx.Response = call_next(context)
         return answer
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ pytestmark = pytest.mark.processes
 def test_flwr_run_by_hand_gives_the_same_adapter(averaged: Run, federation: Federation, tiny: ModelSource) -> None:
     run_id = ""
 
-    def submit(out: Path) -> Callable[[], str]:
+    def submit(out: Path) -> int:
         nonlocal run_id
         # These are in the directory that the SuperLink was started from, and its operator allows their package.
         own = [
@@ -34,9 +33,7 @@ def test_flwr_run_by_hand_gives_the_same_adapter(averaged: Run, federation: Fede
         settings = " ".join([*(word for word in small if not word.startswith(one_by_one)), *own])
         said = federation.flwr("run", ".", "--run-config", f'set="{settings}" out="{out}" {keys}', "--format", "json")
         run_id = str(json.loads(said)["run-id"])
-        return lambda: str(
-            json.loads(federation.flwr("list", "--run-id", run_id, "--format", "json"))["runs"][0]["status"]
-        )
+        return int(run_id)
 
     by_hand = federation.follow("by-hand", submit)
     ours, theirs = (load_file(run.path / "adapter/adapter_model.safetensors") for run in (averaged, by_hand))
@@ -52,6 +49,8 @@ def test_flwr_run_by_hand_gives_the_same_adapter(averaged: Run, federation: Fede
     listed = federation.flwr("list")
     assert run_id[:6] in listed
     assert "edgelam" in listed
+    (line,) = json.loads(federation.flwr("list", "--run-id", run_id, "--format", "json"))["runs"]
+    assert line["status"] == "finished:completed"
     log = federation.flwr("log", run_id, "--show")
     assert f"run folder: {by_hand.path}" in log
     assert re.search(
