@@ -18,24 +18,27 @@ from tests.support import run_folder, write_data_files, write_tiny_llama
 
 run_folder()  # made before the workers start, which inherit its name
 
-# What `make test` gives to one worker, because its tests share something that is slow to make: a federation; stage hosts in
-# processes of their own, and the template of such processes. Of benchmarks each test is a unit; else each file is one.
+
+def _of_integration(*names: str) -> list[str]:
+    return [f"tests/integration/test_{name}.py" for name in names]
+
+
+# What `make test` gives to one worker, because its tests share something that is slow to make: a federation, and the run that all
+# of the first group look at; stage hosts in processes of their own, and the template of such processes. Of benchmarks each test
+# is a unit; else each file is one.
 _SHARED = {
-    "federation": [
-        f"tests/integration/test_{name}.py"
-        for name in (
-            "one_run",
-            "privacy_tap",
-            "strangers",
-            "flwr_by_hand",
-            "chat_route",
-            "lost_device",
-            "slices",
-            "report_browser",
-            "relay",
-            "benchmark_links",
-        )
-    ],
+    "averaged": _of_integration(
+        "one_run",
+        "privacy_tap",
+        "strangers",
+        "flwr_by_hand",
+        "chat_route",
+        "slices",
+        "report_browser",
+        "relay",
+        "resume",
+    ),
+    "federation": _of_integration("lost_device", "two_runs", "benchmark_links", "chaos"),
     "stage hosts": [
         "tests/parity/test_grpc_processes.py",
         "tests/parity/test_small_buffers.py",
@@ -45,6 +48,7 @@ _SHARED = {
 _EACH_TEST = ("tests/integration/test_benchmarks.py",)
 _FIRST = [
     "tests/integration/test_smollm2.py",
+    *_SHARED["averaged"],
     *_SHARED["federation"],
     *_SHARED["stage hosts"],
     "tests/integration/",
