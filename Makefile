@@ -29,9 +29,10 @@ demo: setup
 testbed: setup
 	@HF_HUB_OFFLINE=1 $(PYTHON) -m testbed run $(ARGS)
 
-# More workers than a small machine has cores, because federations wait more than they compute.
+# More workers than a small machine has cores, because federations wait more than they compute. Bytecode is kept: else each
+# worker would rewrite the asserts of all tests for itself, and each of a hundred processes would compile the package again.
 test: setup
-	@$(PYTHON) -m pytest -n 4 $(ARGS)
+	@env -u PYTHONDONTWRITEBYTECODE $(PYTHON) -m pytest -n 4 $(ARGS)
 
 lint: setup
 	@$(PYTHON) -m ruff format --check
