@@ -818,39 +818,53 @@ class Mine(Selection):
 """
 
 
-@pytest.mark.parametrize(
-    ("bounds", "name", "ends"),
-    [
-        ("Bounds(folder=Path.cwd())", "my_pkg.mod:Mine", "3"),
-        ("Bounds(packages=('my_pkg',))", "my_pkg.mod:Mine", "3"),
-        ("Bounds(packages=('my_pkg.mod',))", "my_pkg.mod:Mine", "3"),
-        ("bounds_of(Bounds(folder=Path.cwd(), packages=('x',)).environment())", "my_pkg.mod:Mine", "3"),
-        ("Bounds(packages=('my_pk',))", "my_pkg.mod:Mine", "refused"),
-        ("Bounds(packages=('my_pkg.mo',))", "my_pkg.mod:Mine", "refused"),
-        ("Bounds(folder=Path.cwd() / 'my_pkg')", "my_pkg.mod:Mine", "refused"),
-        ("bounds_of({})", "my_pkg.mod:Mine", "refused"),
-        ("Bounds(folder=Path.cwd())", "json:Mine", "refused"),  # an installed module of the same name comes first
-        ("Bounds(folder=Path.cwd())", "time:Mine", "refused"),  # one that is built into Python, without a file
-    ],
-)
-def test_s4_only_allowed_modules_are_found(tmp_path: Path, bounds: str, name: str, ends: str) -> None:
-    """In a process of its own: this one's imports must not change."""
-    (tmp_path / "my_pkg").mkdir()
-    (tmp_path / "my_pkg" / "mod.py").write_text(IN_A_FOLDER)
-    (tmp_path / "json.py").write_text(IN_A_FOLDER)
-    code = f"""
-import sys
+LOADS = [
+    ("Bounds(folder=Path.cwd())", "my_pkg.mod:Mine", "3"),
+    ("Bounds(packages=('my_pkg',))", "my_pkg.mod:Mine", "3"),
+    ("Bounds(packages=('my_pkg.mod',))", "my_pkg.mod:Mine", "3"),
+    ("bounds_of(Bounds(folder=Path.cwd(), packages=('x',)).environment())", "my_pkg.mod:Mine", "3"),
+    ("Bounds(packages=('my_pk',))", "my_pkg.mod:Mine", "refused"),
+    ("Bounds(packages=('my_pkg.mo',))", "my_pkg.mod:Mine", "refused"),
+    ("Bounds(folder=Path.cwd() / 'my_pkg')", "my_pkg.mod:Mine", "refused"),
+    ("bounds_of({})", "my_pkg.mod:Mine", "refused"),
+    ("Bounds(folder=Path.cwd())", "json:Mine", "refused"),  # an installed module of the same name comes first
+    ("Bounds(folder=Path.cwd())", "time:Mine", "refused"),  # one that is built into Python, without a file
+]
+# Forks for each load: its imports must change neither this process's nor those of the next load.
+LOADER = """
+import os, sys
+sys.path = [ROOT] + [entry for entry in sys.path if entry]
 from pathlib import Path
 from edgelam_fl.bounds import Bounds, bounds_of
 from edgelam_fl.errors import ConfigError
 from strategies.registry import load
-try:
-    print(load("selection", {name!r}, {{"Mine": {{"d": 3}}}}, {bounds}).rule.d)
-except ConfigError as error:
-    assert "is not imported" in str(error), error
-    print("refused")
+for bounds, name in LOADS:
+    if os.fork() == 0:
+        try:
+            print(load("selection", name, {"Mine": {"d": 3}}, eval(bounds)).rule.d, flush=True)
+        except ConfigError as error:
+            assert "is not imported" in str(error), error
+            print("refused", flush=True)
+        break
+    assert os.wait()[1] == 0
 """
-    root = str(Path(__file__).parents[2])
-    command = [sys.executable, "-c", f"import sys; sys.path = [{root!r}] + [p for p in sys.path if p]\n{code}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.stdout, done.returncode) == (f"{ends}\n", 0), done.stderr
+
+
+@pytest.fixture(scope="module")
+def loaded_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Loads strategies in a folder with modules, each load in a process of its own; returns what came of each."""
+    folder = tmp_path_factory.mktemp("loads")
+    (folder / "my_pkg").mkdir()
+    for file in ("my_pkg/mod.py", "json.py"):
+        (folder / file).write_text(IN_A_FOLDER)
+    root, given = str(Path(__file__).parents[2]), [(bounds, name) for bounds, name, _ in LOADS]
+    code = LOADER.replace("ROOT", repr(root)).replace("LOADS", repr(given))
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("number", range(len(LOADS)), ids=[f"{name} in {bounds}" for bounds, name, _ in LOADS])
+def test_s4_only_allowed_modules_are_found(loaded_elsewhere: list[str], number: int) -> None:
+    assert len(loaded_elsewhere) == len(LOADS)
+    assert loaded_elsewhere[number] == LOADS[number][2]
