@@ -28,8 +28,8 @@ _FOUR_NORMS = ("gemma2", "gemma3_text")  # per layer; others have two
 _FUSED = ("phi3",)  # queries, keys and values are one matrix, gate and up another
 _EAGER = ("gemma2",)  # transformers computes its capped scores one by one and keeps them
 _SCORE_BYTES = 8  # per score: capped ones and their softmax
-# Of a head's chunk: logits, a bit less than the largest block that the C library keeps (model.allocator), and positions.
-_CHUNK_LOGITS, _LEAST_CHUNK = 2**23 - 2**10, 32
+_CHUNK_LOGITS, _LEAST_CHUNK = 2**22, 32  # of a head's chunk: logits, and positions
+_PIECE_LOGITS = 2**19  # of the positions in a chunk whose loss is taken at once
 
 
 def head_chunk(outputs: int) -> int:
@@ -38,6 +38,11 @@ def head_chunk(outputs: int) -> int:
     The product with the head's matrix is slow for a few positions, and logits of many fill a small machine's memory.
     """
     return max(_LEAST_CHUNK, _CHUNK_LOGITS // outputs)
+
+
+def loss_piece(outputs: int) -> int:
+    """Returns how many of these positions the loss is taken of at once: few enough that their logits stay in a processor's cache."""
+    return max(1, _PIECE_LOGITS // outputs)
 
 
 def weights_bytes(
@@ -126,12 +131,13 @@ class DoraBytes:
 
 
 def loss_bytes(config: Mapping[str, Any], positions: int, itemsize: int) -> int:
-    """Returns the bytes that head and loss take for a moment: of one chunk of positions, which all may carry loss.
+    """Returns the bytes that head and loss take for a moment: the logits of one chunk of positions, which all may carry loss.
 
-    Logits, their gradient, and the log-probabilities, which are fp32 always.
+    Their gradient replaces them. Of a piece of the chunk there are also log-probabilities and two gradients, which are fp32 always.
     """
     vocabulary = int(config["vocab_size"])
-    return min(positions, head_chunk(vocabulary)) * vocabulary * (2 * itemsize + FP32_BYTES)
+    logits = min(positions, head_chunk(vocabulary)) * vocabulary
+    return logits * itemsize + min(positions, loss_piece(vocabulary)) * vocabulary * 3 * FP32_BYTES
 
 
 def _layer_bytes(config: Mapping[str, Any], tokens: int, itemsize: int, all_linear: bool) -> int:

@@ -1,4 +1,4 @@
-"""The loss at labelled positions, in chunks, against torch's cross entropy over all positions."""
+"""The loss at labelled positions, in chunks and pieces of them, against torch's cross entropy over all positions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from edgelam_fl.model.memory import head_chunk
+from edgelam_fl.model.memory import head_chunk, loss_piece
 from edgelam_fl.split.loss import judged
 from edgelam_fl.tasks.causal_lm import CausalLm
 from edgelam_fl.tasks.masking import IGNORED
@@ -20,9 +20,9 @@ DIVISOR = 5
 
 
 class Head:
-    """A stage's head that counts the positions of each call; says that it has so many logits that chunks are the least."""
+    """A stage's head that counts the positions of each call; says that it has so many logits that chunks are the least, and pieces two positions."""
 
-    outputs = 2**23
+    outputs = 2**18
 
     def __init__(self, *, learns: bool = False) -> None:
         matrix = torch.randn(CLASSES, D, generator=torch.Generator().manual_seed(1))
@@ -35,6 +35,18 @@ class Head:
     def logits(self, states_ND: torch.Tensor) -> torch.Tensor:
         self.sizes.append(len(states_ND))
         return functional.linear(states_ND, self.matrix)
+
+
+class Passes:
+    """A stage whose states are logits already."""
+
+    outputs = Head.outputs
+
+    def head_parameters(self) -> list[torch.nn.Parameter]:
+        return []
+
+    def logits(self, states_ND: torch.Tensor) -> torch.Tensor:
+        return states_ND.clone()
 
 
 @pytest.fixture
@@ -80,7 +92,7 @@ def test_chunks_give_the_loss_and_the_gradient_of_all_positions(
     assert found.loss == pytest.approx(float(expected.detach()), rel=1e-6)
     torch.testing.assert_close(got, states_BTD.grad)
     assert sum(head.sizes) == int((labels[:, 1:] != IGNORED).sum())
-    assert max(head.sizes) == head_chunk(Head.outputs) < sum(head.sizes)
+    assert 1 < loss_piece(Head.outputs) < max(head.sizes) == head_chunk(Head.outputs) < sum(head.sizes)
 
 
 @pytest.mark.parametrize("before_learns", [True, False])
@@ -96,6 +108,20 @@ def test_a_head_that_learns_gets_its_gradient_over_all_chunks(states_BTD: torch.
     torch.testing.assert_close(got, gradient)
     assert (found.grad is not None) == before_learns
     assert not judge(states_BTD, labels, None, learns=True)[0].of_head, "what is only measured"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradients_of_a_chunks_logits_have_the_bits_of_torchs_own(dtype: torch.dtype) -> None:
+    """The gradient of each position's logits depends on no other position, so pieces change none."""
+    generator = torch.Generator().manual_seed(4)
+    logits_ND = torch.randn(9, D, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(0, D, (1, 10), generator=generator)
+    task = CausalLm(Path("none"), pb.TaskSettings(template="plain"))
+    found = judged(task, Passes(), logits_ND, labels, DIVISOR)  # type: ignore[arg-type]
+    expected = functional.cross_entropy(logits_ND.float(), labels[0, 1:], reduction="sum") / DIVISOR
+    assert found.grad is not None
+    assert torch.equal(found.grad, *torch.autograd.grad(expected, logits_ND))
+    assert torch.equal(logits_ND, torch.randn(9, D, generator=torch.Generator().manual_seed(4)).to(dtype))
 
 
 def test_positions_without_labels_get_no_gradient(states_BTD: torch.Tensor) -> None:

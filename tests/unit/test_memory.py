@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2L
 
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.lora import LoraKind
-from edgelam_fl.model.memory import DoraBytes, unit_bytes, weights_bytes
+from edgelam_fl.model.memory import DoraBytes, loss_piece, unit_bytes, weights_bytes
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import LoraSettings, Span, Stage, load_stages
 from edgelam_fl.model.weights import read_tensors
@@ -28,7 +28,10 @@ PAIRS = [("fp32", ""), ("bf16", ""), ("int8", "float32"), ("int8", "bfloat16"), 
 
 
 def measured(stage: Stage, rows: int, tokens: int, hidden_size: int, itemsize: int) -> int:
-    """Unique storages that one forward pass keeps, without the weights; with input, output and the output's gradient."""
+    """Unique storages that one forward pass keeps, without the weights; with input, output and the output's gradient.
+
+    Of a head, output is what it takes, and logits are there as well, with what the loss of one piece of them keeps and two gradients of it.
+    """
     own = {tensor.untyped_storage().data_ptr() for tensor in [*stage.parameters(), *stage.buffers()]}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -40,14 +43,17 @@ def measured(stage: Stage, rows: int, tokens: int, hidden_size: int, itemsize: i
     labels = torch.full((rows, tokens), 3)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = stage(x, [tokens] * rows, rows=loss_rows(labels) if stage.span.head else None)
-        loss = None
+        gradients = output.nbytes
         if stage.span.head:
-            output = stage.logits(output)
-            loss = loss_sum(output, labels, loss_rows(labels))
+            logits = stage.logits(output)
+            piece = loss_piece(stage.outputs)
+            losses = loss_sum(logits[:piece], labels, loss_rows(labels)[:piece])
+            gradients += 2 * logits[:piece].float().nbytes
+            kept[logits.untyped_storage().data_ptr()] = logits.untyped_storage()
+            assert losses.requires_grad
     kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
     kept[output.untyped_storage().data_ptr()] = output.untyped_storage()
-    assert loss is None or loss.requires_grad
-    return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own) + output.nbytes
+    return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own) + gradients
 
 
 @pytest.mark.parametrize(("base", "compute"), PAIRS)
