@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from edgelam_fl.model.adapter import Adapter, Joined, blocks
+from edgelam_fl.model.adapter import WIDE_BLOCK, Adapter, Joined, JoinedLayout, blocks
 from edgelam_fl.plan.layout import Layout, site_source
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.split.judging import LEAST_SOURCES, Size, Sizes, bearings, direction_problem
@@ -46,7 +46,9 @@ class UpdateJudge:
     directions: bool = False
     """Whether honest updates do not point against each other in this task."""
     _sizes: dict[bool, Sizes] = field(default_factory=lambda: {False: Sizes(), True: Sizes()})  # of devices, of sites
-    _starts: dict[tuple[object, ...], np.ndarray] = field(default_factory=dict)  # the start's numbers, by layout
+    _starts: dict[JoinedLayout, tuple[np.ndarray, float]] = field(
+        default_factory=dict
+    )  # the start's numbers and the largest of their magnitudes, by layout
 
     @QUIET
     def measure(self, contributions: Sequence[Contribution]) -> Size:
@@ -56,9 +58,8 @@ class UpdateJudge:
         for contribution in contributions:
             tensors = contribution.tensors
             if isinstance(tensors, Joined) and not own:
-                start = self._joined_start(tensors)
-                total += sum(square_sum(tensors.numbers[block] - start[block]) for block in blocks(len(start)))
-                count += len(start)
+                total += self._moved(tensors)
+                count += len(tensors.numbers)
                 continue
             for name, array in tensors.items():
                 total += square_sum(array - self._like(name, own.get(name, self.start[name]), array))
@@ -77,12 +78,35 @@ class UpdateJudge:
                 if name not in own:
                     yield name, array - self._like(name, self.start[name], array)
 
-    def _joined_start(self, tensors: Joined) -> np.ndarray:
-        """Returns the numbers that those of `tensors` started from."""
-        if tensors.layout not in self._starts:
+    @QUIET
+    def is_bounded(self, tensors: Joined, most: float) -> bool:
+        """Returns whether all numbers are finite and at most `most`, by how far they are from the start; False: that does not say.
+
+        `measure` needs that distance anyway, and takes it from here. All of `tensors` must be in the start.
+        """
+        _, largest = self._joined_start(tensors)
+        return largest + self._moved(tensors) ** 0.5 <= most
+
+    def _moved(self, tensors: Joined) -> float:
+        """Returns the sum of squares of an update, which its tensors remember."""
+        start, _ = self._joined_start(tensors)
+        if tensors.moved is None or tensors.moved[0] is not start:
+            room, total = np.empty(WIDE_BLOCK, np.float32), 0.0
+            for block in blocks(len(start), WIDE_BLOCK):
+                numbers = tensors.numbers[block]
+                moved = np.subtract(numbers, start[block], out=room[: len(numbers)])
+                total += sum(square_sum(moved[part]) for part in blocks(len(moved)))
+            tensors.moved = start, total
+        return tensors.moved[1]
+
+    def _joined_start(self, tensors: Joined) -> tuple[np.ndarray, float]:
+        """Returns the numbers that those of `tensors` started from, and the largest of their magnitudes."""
+        found = self._starts.get(tensors.layout)
+        if found is None:
             likes = [self._like(name, self.start[name], array).ravel() for name, array in tensors.items()]
-            self._starts[tensors.layout] = np.concatenate(likes)
-        return self._starts[tensors.layout]
+            numbers = np.concatenate(likes, dtype=np.float32)
+            found = self._starts[tensors.layout] = numbers, float(np.abs(numbers).max(initial=0.0))
+        return found
 
     def _like(self, name: str, start: np.ndarray, trained: np.ndarray) -> np.ndarray:
         """Returns the start of a factor in the rank in which it was trained."""

@@ -59,7 +59,7 @@ def receive(
             problems[answer.name], codes[answer.name] = answer.reason, answer.code
             silent.add(answer.name)
             continue
-        reply, wrong = _read(planned, answer, means)
+        reply, wrong = _read(planned, answer, means, judge)
         if wrong:
             problems[answer.name], codes[answer.name] = wrong, reply.report.code
             if reply.report.state == "done":
@@ -126,11 +126,14 @@ def conclude(planned: PlannedRound, received: Received, rule: Aggregation, spec:
     return replace(outcome, aggregated=new, error=error)
 
 
-def _read(planned: PlannedRound, answer: Reported, means: RunningMeans | PrivateSums | None) -> tuple[Reply, str]:
+def _read(
+    planned: PlannedRound, answer: Reported, means: RunningMeans | PrivateSums | None, judge: UpdateJudge
+) -> tuple[Reply, str]:
     """Returns the reply and why it cannot be used ("": it can). Its tensors are dropped if they go into `means`."""
     name, plan = answer.name, planned.plans[answer.name]
     reply = reply_of(answer.report, answer.content)
-    wrong = why_unusable(reply, plan, planned.starts)
+    measures = judge if isinstance(means, RunningMeans) else None
+    wrong = why_unusable(reply, plan, planned.starts, measures)
     if means is None:
         return reply, wrong
     if not wrong:

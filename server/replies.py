@@ -106,8 +106,10 @@ def _unreadable(error: Exception) -> pb.JobReport:
     return pb.JobReport(state="failed", error=f"its reply cannot be read: {type(error).__name__}")
 
 
-def why_unusable(reply: Reply, plan: pb.Plan, starts: StartingPoints) -> str:
-    """Returns why a reply cannot be used; empty: it can. `starts`: of the global adapter, for the shapes."""
+def why_unusable(reply: Reply, plan: pb.Plan, starts: StartingPoints, judge: UpdateJudge | None = None) -> str:
+    """Returns why a reply cannot be used; empty: it can. `starts`: of the global adapter, for the shapes. `judge`: who measures its
+    updates afterwards; None: nobody does.
+    """
     if reply.report.state != "done":
         return reply.report.error or f"its report says {reply.report.state!r}"
     if reply.report.role not in (plan.role, 0):  # 0: it says none, and shows up in no table
@@ -122,7 +124,7 @@ def why_unusable(reply: Reply, plan: pb.Plan, starts: StartingPoints) -> str:
             return f"its contribution of {part.source!r} weighs {part.weight}; the plan allows 0 to {most} labels"
         if part.lr_sum and not _least_lr(plan) <= part.lr_sum <= _most_lr(plan, part):
             return f"its contribution of {part.source!r} has a sum of learning rates, {part.lr_sum}, which its plan's cannot"
-        wrong = _wrong_tensor(tensors, starts.trained_shapes(plan, where, ends=part.scope == "ends"))
+        wrong = _wrong_tensor(tensors, starts.trained_shapes(plan, where, ends=part.scope == "ends"), judge)
         if wrong:
             return wrong
         names = seen.setdefault((part.scope, part.source), set())
@@ -164,12 +166,15 @@ def _most_lr(plan: pb.Plan, part: pb.Contribution) -> float:
 
 
 @QUIET
-def _wrong_tensor(tensors: Adapter, expected: Mapping[str, tuple[int, ...]]) -> str:
+def _wrong_tensor(tensors: Adapter, expected: Mapping[str, tuple[int, ...]], judge: UpdateJudge | None) -> str:
     """Returns what is wrong with the first bad tensor; empty: all are as expected, by their shapes."""
     are_bounded = False
     if isinstance(tensors, Joined):
+        are_expected = all(expected.get(name) == shape for name, shape in tensors.layout)
+        if tensors and are_expected and judge is not None and judge.is_bounded(tensors, MOST_VALUE):
+            return ""
         are_bounded = _square_sum(tensors.numbers) <= MOST_VALUE**2
-        if are_bounded and all(expected.get(name) == shape for name, shape in tensors.layout):
+        if are_bounded and are_expected:
             return ""
     for name, array in tensors.items():
         if name not in expected:

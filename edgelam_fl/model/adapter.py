@@ -104,6 +104,8 @@ class Joined(dict[str, np.ndarray]):
         """`numbers`: as many as the tensors of the layout have together."""
         super().__init__()
         self.numbers, self.layout = numbers, layout
+        self.moved: tuple[np.ndarray, float] | None = None
+        """What they were compared with, and the sum of squares of the differences; None: with nothing yet."""
         at = 0
         for name, shape in layout:
             end = at + math.prod(shape)
@@ -113,11 +115,13 @@ class Joined(dict[str, np.ndarray]):
 
 BLOCK = 8192
 """Numbers that stay in a processor's fastest memory, and for which BLAS takes one thread."""
+WIDE_BLOCK = 4 * BLOCK
+"""Numbers for what BLAS does not do: numpy's time per call is little beside that of so many, which stay in a processor's memory as well."""
 
 
-def blocks(count: int) -> Iterator[slice]:
-    """Yields slices of so many numbers, each small enough to be worked on fast."""
-    return (slice(at, at + BLOCK) for at in range(0, count, BLOCK))
+def blocks(count: int, size: int = BLOCK) -> Iterator[slice]:
+    """Yields slices of so many numbers, each of `size` but for the last: small enough to be worked on fast."""
+    return (slice(at, at + size) for at in range(0, count, size))
 
 
 def views(data: bytes) -> Adapter:

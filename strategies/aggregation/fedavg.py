@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from edgelam_fl.errors import ConfigError
-from edgelam_fl.model.adapter import BLOCK, Joined, blocks
+from edgelam_fl.model.adapter import WIDE_BLOCK, Joined, blocks
 from strategies.aggregation.factors import in_order, is_factor
 from strategies.api import Aggregated, Aggregation, Contribution, Start
 
@@ -80,8 +80,8 @@ class WeightedMean:
                 self._sums[name] = total[at : at + array.size].reshape(array.shape)
                 at += array.size
         else:
-            room = np.empty(BLOCK)
-            for block in blocks(len(total)):
+            room = np.empty(WIDE_BLOCK)
+            for block in blocks(len(total), WIDE_BLOCK):
                 sums = total[block]
                 weighted = room[: len(sums)]
                 weighted[:] = tensors.numbers[block]  # two steps are faster than numpy's product of fp32 and float64

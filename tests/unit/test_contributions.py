@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.flower import from_record, packed_record, record_bytes, to_record
-from edgelam_fl.model.adapter import Adapter, digest, initial_adapter, slice_of
+from edgelam_fl.model.adapter import Adapter, digest, initial_adapter, slice_of, to_bytes, views
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.layout import Layout, make_layout, who_may_host
 from edgelam_fl.plan.making import RoundFacts, make_plans
@@ -20,7 +21,8 @@ from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server import replies
 from server.global_adapter import StartingPoints, as_start, starting_point, with_missing_modules
-from server.replies import Reply, broken_sites, contributions_of, read_reply
+from server.judging import UpdateJudge
+from server.replies import MOST_VALUE, Reply, broken_sites, contributions_of, read_reply
 from strategies.aggregation.fedavg import FedAvg
 from strategies.api import Start
 from tests.support import run_config
@@ -71,7 +73,12 @@ def reply(*parts: tuple[pb.Contribution, Adapter]) -> Reply:
 
 
 def why_unusable(found: Reply, plan: pb.Plan, adapter: Adapter) -> str:
-    return replies.why_unusable(found, plan, StartingPoints(adapter))
+    """Also holds that it is the same for tensors as they arrive, and if a judge measures them afterwards."""
+    said = replies.why_unusable(found, plan, StartingPoints(adapter))
+    arrived = replace(found, tensors=tuple(views(to_bytes(tensors)) for tensors in found.tensors))
+    for judge in (None, UpdateJudge(adapter, {}, frozenset(), 0)):
+        assert bool(replies.why_unusable(arrived, plan, StartingPoints(adapter), judge)) == bool(said)
+    return said
 
 
 # ---------------------------------------------------------------- reading
@@ -210,8 +217,13 @@ def test_tensors_that_the_plan_does_not_hold(tiny: ModelSource) -> None:
         (tensors[own].astype(np.float64), "is float64"),
         (np.full_like(tensors[own], np.nan), "holds values that are not finite"),
         (np.full_like(tensors[own], -np.inf), "holds values that are not finite"),
+        (np.full_like(tensors[own], 1.01 * MOST_VALUE), "or beyond 10000"),
+        (np.full_like(tensors[own], 1e30), "or beyond 10000"),
+        (np.full_like(tensors[own], MOST_VALUE), ""),
     ]:
-        assert words in why_unusable(reply((part, {own: array})), planned.plans["a"], planned.start)
+        got = why_unusable(reply((part, {own: array})), planned.plans["a"], planned.start)
+        assert words in got
+        assert bool(words) == bool(got)
 
 
 def test_a_private_front_is_neither_sent_nor_taken(tiny: ModelSource) -> None:
