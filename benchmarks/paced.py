@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.common import RESULTS, Figure, main
 from benchmarks.compared.bars import bars
 from benchmarks.compared.load import Load
-from benchmarks.compared.planner import Predictions, cut_by_planner, on_this_machine, with_layer_times
+from benchmarks.compared.planner import Predictions, cut_by_planner, on_this_machine, tokens_per_row, with_layer_times
 from benchmarks.compared.product import Product, product
 from benchmarks.compared.serial import serial_device, serial_server
 from benchmarks.compared.shaped import UNSHAPED, Shape, shaped
@@ -60,7 +60,8 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
                 mine, serial = _steps(cut, ours, shape, 1 if smoke else TURNS)
                 plotted |= {f"{words}: ours": _speeds(mine), f"{words}: serial loop": _speeds(serial)}
                 work_s = median(step.cpu_s for step in mine)
-                formula_s = on_this_machine(predictions.cost(len(files), shape).step_s, work_s)
+                tokens = tokens_per_row(cut, mine, len(files))
+                formula_s = on_this_machine(predictions.cost(len(files), tokens, shape).step_s, work_s)
                 figures.append(Figure(f"{words}: pieces of a batch, as planned", pieces.micro_batches, ""))
                 figures += _figures(words, mine, serial, formula_s, bars_hold=not smoke)
     if not smoke:

@@ -23,7 +23,7 @@ from benchmarks.arriving import Grid
 from benchmarks.common import RESULTS, Figure, main
 from benchmarks.compared.bars import bars
 from benchmarks.compared.load import Load
-from benchmarks.compared.planner import Predictions, on_this_machine
+from benchmarks.compared.planner import Predictions, on_this_machine, tokens_per_row
 from benchmarks.compared.product import product
 from edgelam_fl.federation.template import in_fork
 from edgelam_fl.plan.spec import RunSpec
@@ -173,7 +173,7 @@ def host_figures(smoke: bool) -> list[Figure]:
             steps = {count: [run.step(turn + 1) for turn in range(turns)] for count, run in runs.items()}
             predictions = Predictions(load, all_devices.profiles(), runs[1].plans(), runs[1].reports)
     cpu_s = median(step.cpu_s for step in steps[1])
-    formula = {count: predictions.cost(count) for count in counts}
+    formula = {count: predictions.cost(count, tokens_per_row(load, steps[count], count)) for count in counts}
     formula_s = {count: on_this_machine(formula[count].step_s, count * cpu_s) for count in counts}
     if not smoke:
         seconds = {}

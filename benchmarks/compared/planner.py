@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import median
 
 import torch
 
 from benchmarks.compared.load import Load
 from benchmarks.compared.shaped import UNSHAPED, Shape
+from benchmarks.compared.workers import Step
 from edgelam_fl.model.layer_speed import measure_layers
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.facts import ChainCost
@@ -39,12 +41,15 @@ class Predictions:
         self._speeds, _ = learned(self._spec, before_rounds(load.config), {}, plans, reports)
         self._window = plans[HOST].window
 
-    def cost(self, devices: int, shape: Shape = UNSHAPED) -> ChainCost:
-        """Returns the cost of a step with so many devices, each behind a link of the shape, if each node has a machine of its own."""
+    def cost(self, devices: int, tokens: float, shape: Shape = UNSHAPED) -> ChainCost:
+        """Returns the cost of a step with so many devices, each behind a link of the shape, if each node has a machine of its own.
+
+        `tokens`: of a row, on average over the steps that are compared with it: other steps have longer or shorter examples.
+        """
         names = [f"device-{number}" for number in range(1, devices + 1)]
         of_one = {pair: s for (node, pair), s in self._speeds.position_s.items() if node == names[0]}
         known = {(name, pair): s for name in names for pair, s in of_one.items()}
-        speeds = replace(self._speeds, position_s={**self._speeds.position_s, **known})
+        speeds = replace(self._speeds, tokens=tokens, position_s={**self._speeds.position_s, **known})
         profiles = [_behind(self._profiles[name], shape) for name in names]
         host = _behind(self._profiles[HOST], Shape(0, shape.round_trip_s))
         host.memory_available_bytes = 0  # unknown: it holds all layers in any case
@@ -75,6 +80,11 @@ def cut_by_planner(load: Load, profiles: Mapping[str, pb.Profile], shape: Shape)
     ]
     pieces = choose_pieces(spec, nodes).pieces
     return load.with_settings(f"split.micro_batches={pieces.micro_batches}", f"split.window={pieces.window}")
+
+
+def tokens_per_row(load: Load, steps: Sequence[Step], devices: int) -> float:
+    """Returns the tokens of a row, without padding, in the median of steps that so many devices made."""
+    return median(step.tokens for step in steps) / (devices * load.config.step_examples)
 
 
 def on_this_machine(predicted_s: float, cpu_s: float) -> float:
