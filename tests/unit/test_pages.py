@@ -23,9 +23,11 @@ from edgelam_fl import __version__
 from edgelam_fl.cli.main import app
 from edgelam_fl.config import TaskSection, parse_run_file
 from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.tasks.causal_lm import CausalLm
 from edgelam_fl.tasks.data import Chat, read_pairs
 from server.checks import check_config
+from server.virtual.loads import Loads
 from strategies.registry import BUILT_IN
 from testbed.__main__ import app as app_of_testbeds
 from testbed.shapes import read_testbed
@@ -194,6 +196,23 @@ def test_the_page_of_data_shows_classes() -> None:
     files = dict(re.findall(r"```toml\n# (\S+)\n(.*?)```", DATA, flags=re.DOTALL))
     assert parse_run_file(files["topics.toml"], source="docs/data.md").task.kind == "classification"
     assert parse_run_file(files["fields.toml"], source="docs/data.md").data.fields.prompt == "instruction"
+
+
+@pytest.mark.real_model
+def test_the_page_of_speed_lowers_the_ranks_beside_the_cut() -> None:
+    """Of the two layers at each end, a device has one with its factors in the pattern's rank: r (in + out) numbers per matrix."""
+    page = PAGES["docs/speed.md"]
+    (block,) = (text for text in fenced(page, "toml") if text.startswith("# ranks.toml"))
+    source = find_model("smollm2-135m")
+    found = [
+        Loads(RunSpec(parse_run_file(text, source="docs/speed.md", overrides=["model.name=smollm2-135m"]), source))
+        for text in (block, "lora.rank = 8")
+    ]
+    own, usual = (loads.adapter_bytes("a") for loads in found)
+    widths = (576 + 576) + (576 + 192)
+    assert (own, usual) == (4 * widths * 2 * (8 + 2), 4 * widths * 2 * (8 + 8))
+    for number in (f"{usual / 1e3:.0f} kB", f"{own / 1e3:.0f} kB, {own / usual:.2f} of it"):
+        assert number in page
 
 
 # ---------------------------------------------------------------- data and models
