@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2L
 
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.lora import LoraKind
-from edgelam_fl.model.memory import DoraBytes, loss_piece, unit_bytes, weights_bytes
+from edgelam_fl.model.memory import DoraBytes, head_chunk, loss_piece, unit_bytes, weights_bytes
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import LoraSettings, Span, Stage, load_stages
 from edgelam_fl.model.weights import read_tensors
@@ -30,7 +30,7 @@ PAIRS = [("fp32", ""), ("bf16", ""), ("int8", "float32"), ("int8", "bfloat16"), 
 def measured(stage: Stage, rows: int, tokens: int, hidden_size: int, itemsize: int) -> int:
     """Unique storages that one forward pass keeps, without the weights; with input, output and the output's gradient.
 
-    Of a head, output is what it takes, and logits are there as well, with what the loss of one piece of them keeps and two gradients of it.
+    Of a head, output is what it takes, and the logits of a chunk are there as well, with what the loss of one piece of them keeps and two gradients of it.
     """
     own = {tensor.untyped_storage().data_ptr() for tensor in [*stage.parameters(), *stage.buffers()]}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -45,7 +45,7 @@ def measured(stage: Stage, rows: int, tokens: int, hidden_size: int, itemsize: i
         output = stage(x, [tokens] * rows, rows=loss_rows(labels) if stage.span.head else None)
         gradients = output.nbytes
         if stage.span.head:
-            logits = stage.logits(output)
+            logits = stage.logits(output[: head_chunk(stage.outputs)])
             piece = loss_piece(stage.outputs)
             losses = loss_sum(logits[:piece], labels, loss_rows(labels)[:piece])
             gradients += 2 * logits[:piece].float().nbytes
