@@ -211,8 +211,9 @@ def test_the_page_of_speed_lowers_the_ranks_beside_the_cut() -> None:
     own, usual = (loads.adapter_bytes("a") for loads in found)
     widths = (576 + 576) + (576 + 192)
     assert (own, usual) == (4 * widths * 2 * (8 + 2), 4 * widths * 2 * (8 + 8))
-    for number in (f"{usual / 1e3:.0f} kB", f"{own / 1e3:.0f} kB, {own / usual:.2f} of it"):
-        assert number in page
+    assert own == 5 / 8 * usual
+    for words in (f"{usual / 1e3:.0f} kB of a device", f"{own / 1e3:.0f} kB, five eighths of it"):
+        assert words in page
 
 
 # ---------------------------------------------------------------- data and models
