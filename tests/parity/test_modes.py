@@ -99,7 +99,7 @@ def undisturbed(tiny: ModelSource, data_files: list[Path]) -> Callable[[str, int
     """Plays a round of all devices in a mode, over so many hosts and with a base, once each."""
 
     @cache
-    def played(mode: str, hosts: int, base: str = "fp32") -> Reports:
+    def played(mode: str, hosts: int, base: str) -> Reports:
         return run_rounds(tiny, shared_front(tiny, mode, hosts, base), data_files, steps=OF_BASE[base])[0]
 
     return played
@@ -146,7 +146,7 @@ def test_a_device_does_not_wait_for_decisions_about_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A device finds the close of another's turn in its inbox when its own step begins."""
-    expected_reports = undisturbed("sequential", 1)
+    expected_reports = undisturbed("sequential", 1, "fp32")
     monkeypatch.setattr(Inbox, "empty", lambda inbox: False)
     reports, _ = run_rounds(tiny, shared_front(tiny, "sequential", 1), data_files)
     for source in ("site", "ends"):
@@ -164,7 +164,7 @@ def test_a_host_waits_for_a_table_that_is_later_than_the_totals(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each device's frames go along the chain on a link of their own, and one of the links is slow."""
-    expected_reports = undisturbed(mode, 2)
+    expected_reports = undisturbed(mode, 2, "fp32")
     line = ThreadPoolExecutor(1)  # keeps the order of what the slow link brings, its end included
 
     def slowly(put_in: Callable[..., None], due: float, *arguments: object) -> None:
