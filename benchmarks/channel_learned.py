@@ -397,7 +397,8 @@ def cells() -> list[Cell]:
     """Lists all cells, what matters most first."""
     tdd, fdd = ([Cell(who, seed, duplex) for seed in SEEDS for who in (*ENGINE, PLAIN[0])] for duplex in ("tdd", "fdd"))
     beside = [Cell(who, seed, duplex) for seed in SEEDS for duplex in ("tdd", "fdd") for who in PLAIN[1:]]
-    return [*from_last_value(), *tdd, *fdd[:3], *with_few_links(), *beside[:4], *fdd[3:], *beside[4:]]
+    few = [*with_few_links("last"), *with_few_links()]
+    return [*from_last_value(), *tdd, *fdd[:3], *few, *beside[:4], *fdd[3:], *beside[4:]]
 
 
 def from_last_value() -> list[Cell]:
@@ -409,10 +410,13 @@ def _from_last_value(who: str, seed: int) -> Cell:
     return Cell(who, seed, base="last")
 
 
-def with_few_links() -> list[Cell]:
+def with_few_links(base: str = "autoregressions") -> list[Cell]:
     """Lists the cells of stations with a small share of the links: together, and all links in one place."""
-    ways = product(COUNTS, (True, False))
-    return [Cell("pre-trained", 1, "tdd", count, SHARE, together) for count, together in ways if together or count > 1]
+    ways = [(count, together) for count, together in product(COUNTS, (True, False)) if together or count > 1]
+    seeds = SEEDS if base == "last" else SEEDS[:1]
+    return [
+        Cell("pre-trained", seed, "tdd", count, SHARE, together, base) for seed in seeds for count, together in ways
+    ]
 
 
 class Bench:
@@ -485,14 +489,26 @@ def figures(bench: Bench, speeds_kmh: npt.NDArray[np.floating], smoke: bool) -> 
             if pairs:
                 yield from _apart(f"{duplex.upper()}, {ENGINE[0]} less {who}", pairs)
     yield from _of_last_value(bench, speeds_kmh)
-    for cell in with_few_links():
+    for base in ("last", "autoregressions"):
+        yield from _of_few_links(bench, base)
+
+
+def _of_few_links(bench: Bench, base: str) -> Iterator[Figure]:
+    """Yields what stations with few links each reach, together and with all links in one place, and how far the two lie apart."""
+    begin = "from the last value, " if base == "last" else ""
+    found: dict[tuple[int, bool], list[Trained]] = {}
+    for cell in with_few_links(base):
         if one := bench.found(cell):
-            where = (
-                f"{cell.stations} stations together"
-                if cell.together
-                else f"{cell.stations} stations' links in one place"
-            )
-            yield Figure(f"{where}, all", _db(one.errors), "dB, one seed")
+            found.setdefault((cell.stations, cell.together), []).append(one)
+    for (count, together), of_seeds in found.items():
+        where = f"{count} stations together" if together else f"{count} stations' links in one place"
+        each = [nmse_db(one.errors) for one in of_seeds]
+        yield Figure(f"{begin}{where}, all", round(fmean(each), 2), f"dB, mean of {len(each)} seeds")
+        if len(each) > 1:
+            yield Figure(f"{begin}{where}, standard deviation over seeds", round(stdev(each), 3), "dB")
+    for count in COUNTS[1:]:
+        if pairs := list(zip(found.get((count, True), []), found.get((count, False), []), strict=False)):
+            yield from _apart(f"{begin}{count} stations, together less one place", pairs)
 
 
 def _of_last_value(bench: Bench, speeds_kmh: npt.NDArray[np.floating]) -> Iterator[Figure]:
@@ -579,7 +595,7 @@ def _smoke(folder: Path) -> list[Figure]:
     training, test = Paths(2 * STATIONS, seed=1).draw(), Paths(6, seed=2).draw()
     tiny = find_model(str(write_tiny_llama(folder / "tiny", layers=2)))
     bench = Bench(folder, training, test, Size(1, 1, 1), lambda seed: tiny)
-    for cell in (*map(Cell, PLAIN), with_few_links()[0], *from_last_value()[:2]):
+    for cell in (*map(Cell, PLAIN), with_few_links()[0], *with_few_links("last")[1:3], *from_last_value()[:2]):
         bench.train(cell)
     return list(figures(bench, test.speed_kmh, smoke=True))
 
