@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.leakage.members import BASE, Sizes, attack_seed
 from edgelam_fl.model.source import ModelSource
 
-QUICK = ("federation.local_steps=20", "federation.batch_size=8", "split.micro_batches=1", "lora.targets=['all-linear']", "optimizer.lr=1e-2")  # fmt: skip
+QUICK = ("federation.local_steps=40", "federation.batch_size=8", "split.micro_batches=1", "lora.targets=['all-linear']", "optimizer.lr=5e-3")  # fmt: skip
 
 
 def test_a_canary_that_is_learned_often_is_exposed_and_members_stand_out(tiny: ModelSource, tmp_path: Path) -> None:
