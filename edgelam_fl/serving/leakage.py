@@ -35,6 +35,7 @@ from edgelam_fl.privacy.known import KnownLeakage
 from edgelam_fl.tasks.data import Prompt, pairs_by
 from edgelam_fl.tasks.docstrings import docstring_pairs, split_by_module
 from edgelam_fl.tasks.named import local_data
+from edgelam_fl.telemetry.human import human_count
 
 BUILT_IN_TEXT = "docstrings of Python's standard library"
 LEAST_TOKENS, MOST_TOKENS, LEAST_TEXTS = 4, 96, 8
@@ -179,7 +180,7 @@ def measure_leakage(
     embeddings_VD = stage.model.get_input_embeddings().weight.detach()  # type: ignore[operator]
     readings, guesses_N = [], private[fronts[0]].ids_N
     for number, front in enumerate(fronts, 1):
-        tell(f"reading with {front} layers in front, {number} of {len(fronts)}")
+        tell(f"reading with {human_count(front, 'layer')} in front, {number} of {len(fronts)}")
         shares, best_N = _read(front, public[front], private[front], embeddings_VD, _front_of(source, front))
         readings.append(shares)
         if front == shown_front:
