@@ -9,7 +9,7 @@ their links in one place, and alone. As autoregressions leave little to gain, tr
 is something to learn. Errors are over the test links of `benchmarks.channel_prediction`, with noise of each seed's own.
 
 Cells that are done stay in runs/benchmark-channel-learned, and a second call takes them. --minutes: the CPU time after which no further
-cell begins. --smoke: a tiny random model and few links of the small generator; writes no result.
+cell begins. Draws results/channel_learned.svg. --smoke: a tiny random model and few links of the small generator; writes no result.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from benchmarks.channel_prediction import TEST
-from benchmarks.common import Figure, main
+from benchmarks.common import RESULTS, Figure, main
+from benchmarks.compared.bars import bars
 from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.files import cache_folder
 from edgelam_fl.model.adapter import Adapter, Span, from_bytes
@@ -511,6 +512,17 @@ def _of_few_links(bench: Bench, base: str) -> Iterator[Figure]:
             yield from _apart(f"{begin}{count} stations, together less one place", pairs)
 
 
+def few_links_in_db(bench: Bench, base: str) -> dict[str, list[float]]:
+    """Returns how far below 0 dB the errors of stations with few links are, by setting, a value per seed."""
+    found: dict[str, list[float]] = {}
+    for cell in with_few_links(base):
+        if one := bench.found(cell):
+            where = "together" if cell.together else "all links in one place"
+            name = "1 station, alone" if cell.stations == 1 else f"{cell.stations} stations, {where}"
+            found.setdefault(name, []).append(-float(nmse_db(one.errors)))
+    return found
+
+
 def _of_last_value(bench: Bench, speeds_kmh: npt.NDArray[np.floating]) -> Iterator[Figure]:
     """Yields the figures of the cells that correct the last value, with and without pre-training."""
     name = "TDD from the last value"
@@ -587,6 +599,10 @@ def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], l
         "run_file": RUN_FILE, "size": vars(SIZE), "lr_from_last_value": LAST_LR, "stations": STATIONS, "layers": LAYERS, "training": repr(TRAINING),
         "test": repr(TEST), "seeds": SEEDS, "plain_lr": PLAIN_LR, "plain_batch": PLAIN_BATCH, "resampled": RESAMPLED,
     }  # fmt: skip
+    if plotted := few_links_in_db(bench, "last"):
+        apart = [name for name in plotted if "one place" not in name]
+        title = "Error below that of a prediction of zero, stations with 120 links"
+        (RESULTS / "channel_learned.svg").write_text(bars(title, "dB", plotted, apart), encoding="utf-8")
     return settings, list(figures(bench, test.speed_kmh, smoke))
 
 
