@@ -24,7 +24,6 @@ import torch
 
 from benchmarks.common import Figure, main
 from edgelam_fl.config import parse_run_file
-from edgelam_fl.model.adapter import from_bytes
 from edgelam_fl.model.source import find_model
 from edgelam_fl.model.value_ends import NETWORK
 from edgelam_fl.plan.spec import RunSpec
@@ -35,9 +34,7 @@ from edgelam_fl.wireless.beamforming.values import BeamModel, beams_of, values_o
 from edgelam_fl.wireless.channels.links import station_seed
 from edgelam_fl.wireless.channels.sectors import Sector
 from server.global_adapter import first_adapter
-from strategies.aggregation.fedavg import FedAvg
-from strategies.api import Contribution, Start
-from tests.fleet import check_done, memory_fleet
+from tests.fleet import averaged, check_done, memory_fleet
 
 
 class Cell(NamedTuple):
@@ -101,12 +98,7 @@ def trained(
         for number in range(rounds):
             reports = fleet.run(adapter, local_steps, step_offset=number * local_steps)
             check_done(reports)
-            contributions = [
-                Contribution(f"{name} {part.scope} {part.source}", part.weight, from_bytes(part.adapter))
-                for name, report in sorted(reports.items())
-                for part in report.contributions
-            ]
-            adapter = {**adapter, **FedAvg().aggregate(contributions, Start(adapter)).tensors}
+            adapter = averaged(adapter, reports)
     network = BeamModel()
     network.load_state_dict({key.partition(f"{NETWORK}.")[2]: torch.from_numpy(one) for key, one in adapter.items()})
     return partial(learned, network)

@@ -39,7 +39,7 @@ from benchmarks.common import RESULTS, Figure, main
 from benchmarks.compared.bars import bars
 from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.files import cache_folder
-from edgelam_fl.model.adapter import Adapter, Span, from_bytes
+from edgelam_fl.model.adapter import Adapter, Span
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import LoraSettings, load_stages
 from edgelam_fl.model.value_ends import ValueEnds
@@ -54,9 +54,7 @@ from edgelam_fl.wireless.channels.store import kept
 from edgelam_fl.wireless.channels.uma import UrbanMacro
 from edgelam_fl.wireless.prediction.score import nmse_db
 from server.global_adapter import first_adapter
-from strategies.aggregation.fedavg import FedAvg
-from strategies.api import Contribution, Start
-from tests.fleet import check_done, memory_fleet
+from tests.fleet import averaged, check_done, memory_fleet
 from tests.support import write_tiny_llama
 
 TRAINING = UrbanMacro(2400, seed=1)
@@ -209,12 +207,7 @@ def by_engine(
         for number in range(size.rounds):
             reports = fleet.run(adapter, size.local_steps, step_offset=number * size.local_steps)
             check_done(reports)
-            contributions = [
-                Contribution(f"{name} {part.scope} {part.source}", part.weight, from_bytes(part.adapter))
-                for name, report in sorted(reports.items())
-                for part in report.contributions
-            ]
-            adapter = {**adapter, **FedAvg().aggregate(contributions, Start(adapter)).tensors}
+            adapter = averaged(adapter, reports)
             print(f"round {number + 1}: {time.process_time() - began_s:.0f} s of CPU", flush=True)
     cpu_s = time.process_time() - began_s
     errors, others = _tested(config, source, test, _whole(spec, adapter), make)

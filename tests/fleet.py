@@ -38,6 +38,8 @@ from edgelam_fl.tasks.kinds import device_data
 from edgelam_fl.telemetry.events import Event
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.parcels import add_corrections
+from strategies.aggregation.fedavg import FedAvg
+from strategies.api import Contribution, Start
 from strategies.registry import Capabilities
 from tests.support import WAIT_S, run_folder
 
@@ -199,6 +201,16 @@ def joined(reports: dict[str, pb.JobReport]) -> adapters.Adapter:
         for contribution in report.contributions
         for name, array in adapters.from_bytes(contribution.adapter).items()
     }
+
+
+def averaged(start: adapters.Adapter, reports: Mapping[str, pb.JobReport]) -> adapters.Adapter:
+    """Returns the adapter that FedAvg makes of all contributions of a round that began with `start`."""
+    contributions = [
+        Contribution(f"{name} {part.scope} {part.source}", part.weight, adapters.from_bytes(part.adapter))
+        for name, report in sorted(reports.items())
+        for part in report.contributions
+    ]
+    return {**start, **FedAvg().aggregate(contributions, Start(start)).tensors}
 
 
 # ---------------------------------------------------------------- the plain loop: transformers and peft, nothing of ours
