@@ -230,7 +230,7 @@ class Intruders:
 
     def reason(self, refusal: Refusal) -> str:
         """Knocks at one door, each time with more patience, until its log gives the reason; returns what the log says else."""
-        return self._knock_until(refusal.door, partial(log_tail, self.listeners[refusal.log][1], 5000), refusal.reason)
+        return self._knock_until(refusal.door, partial(log_tail, self.listeners[refusal.log][1], 1_000_000), refusal.reason)
 
     def told(self, door: str, words: str) -> str:
         """Knocks at one door, each time with more patience, until whoever knocks hears `words`; returns what is heard else."""
