@@ -67,7 +67,7 @@ from tests.support import WAIT_S, cpu_seconds
 pytestmark = pytest.mark.processes
 
 ATTEMPTS = 3  # during the run
-IN_RUN_S = 2.0  # for a host that has the job and no links yet; it asks to be dialled again
+IN_RUN_S = 10.0  # for a host that has the job; it answers at once, however long that takes on a busy machine
 TRIES, MOST_PATIENCE_S = 10, 5.0  # after it, at a door whose log has no reason yet
 MOST_WAIT_S = 0.05  # of the round beside them, for one who is refused
 HOST, HUB, SUPERLINK = "stage host", "hub", "SuperLink"
@@ -148,6 +148,8 @@ class Intruders:
         stranger, insider, revoked = map(Security, (self.stranger, self.insider, self.revoked))
         slice_of_all = pb.SliceRequest(model_digest=model.digest)
         self.doors: dict[str, Callable[[], object]] = {
+            # First: only a host that has the job can say who has no route in it, and the others take longer than a round.
+            "insider as itself": partial(self._link, insider, "insider", ready_s=IN_RUN_S),
             "nameless at the host": partial(self._ping, partial(self._nameless, self._host, "edge-1")),
             "nameless at the hub": partial(self._ping, partial(self._nameless, self._hub, SERVER)),
             **{f"{who} at the hub": partial(self._ping, partial(security.channel, self._hub, SERVER, [])) for who, security in (("plain", PLAIN), ("stranger", stranger), ("revoked", revoked))},
@@ -157,7 +159,6 @@ class Intruders:
             "late invite": partial(join, self._late, elsewhere / "late"),
             "used invite": partial(join, self._used, elsewhere / "second guest"),
             "insider as a device": partial(self._link, insider, "device-1"),
-            "insider as itself": partial(self._link, insider, "insider", ready_s=IN_RUN_S),
             "pretender as edge-1": partial(self._link, insider, "insider", self._pretender),
             "insider at the slices": partial(self._call, insider, "Slices", "Describe", slice_of_all, guess),
             "insider at a host's place": partial(self._call, insider, RELAY_SERVICE, LISTEN, b"", make_token(guess, LISTEN, part, "insider")),
@@ -230,7 +231,7 @@ class Intruders:
 
     def reason(self, refusal: Refusal) -> str:
         """Knocks at one door, each time with more patience, until its log gives the reason; returns what the log says else."""
-        return self._knock_until(refusal.door, partial(log_tail, self.listeners[refusal.log][1], 1_000_000), refusal.reason)
+        return self._knock_until(refusal.door, partial(log_tail, self.listeners[refusal.log][1], 5000), refusal.reason)
 
     def told(self, door: str, words: str) -> str:
         """Knocks at one door, each time with more patience, until whoever knocks hears `words`; returns what is heard else."""
