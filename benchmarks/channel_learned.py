@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -37,6 +37,7 @@ from torch import nn
 from benchmarks.channel_prediction import TEST
 from benchmarks.common import RESULTS, Figure, main
 from benchmarks.compared.bars import bars
+from benchmarks.series_networks import Recurrent, SeriesNetwork, Transformer, count, of_size
 from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.files import cache_folder
 from edgelam_fl.model.adapter import Adapter, Span
@@ -245,64 +246,6 @@ def _tested(
 # ---------------------------------------------------------------- networks beside it, by a plain loop
 
 
-class SeriesNetwork(nn.Module):
-    """Three hidden layers on one series at a time."""
-
-    def __init__(self, features: int, outputs: int, width: int) -> None:
-        super().__init__()
-        widths = (features, width, width, width)
-        hidden = [part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.GELU())]
-        self.layers, self.last, self.features = nn.Sequential(*hidden), _zero(width, outputs), features
-
-    def forward(self, inputs_BTF: torch.Tensor) -> torch.Tensor:
-        values: torch.Tensor = self.last(self.layers(inputs_BTF[..., : self.features]))
-        return values
-
-
-class Recurrent(nn.Module):
-    """Two layers of GRU over the slots of one series at a time."""
-
-    def __init__(self, features: int, outputs: int, width: int, slots: int = 16) -> None:
-        super().__init__()
-        self.slots, self.features = slots, features
-        self.recurrent = nn.GRU(features - 2 * slots + 2, width, 2, batch_first=True)
-        self.last = _zero(width, outputs)
-
-    def forward(self, inputs_BTF: torch.Tensor) -> torch.Tensor:
-        rows = inputs_BTF[..., : self.features].flatten(0, 1)
-        slots = torch.stack([rows[:, : self.slots], rows[:, self.slots : 2 * self.slots]], -1)
-        beside = rows[:, None, 2 * self.slots :].expand(-1, self.slots, -1)
-        states, _ = self.recurrent(torch.cat([slots, beside], -1))
-        values: torch.Tensor = self.last(states[:, -1])
-        return values.unflatten(0, inputs_BTF.shape[:2])
-
-
-class Transformer(nn.Module):
-    """Two layers across the series of a link, which see all of each other."""
-
-    def __init__(self, features: int, outputs: int, width: int, places: Sequence[int]) -> None:
-        super().__init__()
-        self.features, self.first = features, nn.Linear(features, width)
-        self.places = nn.ModuleList(nn.Embedding(rows, width) for rows in places)
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, 2, nn.LayerNorm(width), enable_nested_tensor=False)
-        self.last = _zero(width, outputs)
-
-    def forward(self, inputs_BTF: torch.Tensor) -> torch.Tensor:
-        states = self.first(inputs_BTF[..., : self.features])
-        for number, table in enumerate(self.places):
-            states = states + table(inputs_BTF[..., self.features + number].long())
-        values: torch.Tensor = self.last(self.layers(states))
-        return values
-
-
-def _zero(width: int, outputs: int) -> nn.Linear:
-    last = nn.Linear(width, outputs)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
-    return last
-
-
 def by_plain_loop(
     name: str,
     source: ModelSource,
@@ -325,7 +268,7 @@ def by_plain_loop(
         "GRU": lambda width: Recurrent(ends.features, ends.outputs, width),
         "plain transformer": lambda width: Transformer(ends.features, ends.outputs, width, ends.places),
     }
-    network = _of_size(makers[name], beside.numbers)
+    network = of_size(makers[name], beside.numbers)
     found = [device_data(file, task_settings(config)).training for file in files]
     examples = [example for samples in found for example in make(task, b"", samples).examples]
     began_s = time.process_time()
@@ -333,19 +276,7 @@ def by_plain_loop(
     spent_s = time.process_time() - began_s
     network.eval()
     errors, others = _tested(config, source, test, lambda unit: network(unit.inputs), make)
-    return Trained(errors, spent_s, _count(network), others)
-
-
-def _of_size(make: Callable[[int], nn.Module], numbers: int) -> nn.Module:
-    """Returns the widest network with at most so many numbers, at least one of width 16."""
-    width = 16
-    while _count(make(width + 4)) <= numbers:
-        width += 4
-    return make(width)
-
-
-def _count(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
+    return Trained(errors, spent_s, count(network), others)
 
 
 def _train(network: nn.Module, task: Task, examples: Sequence[Any], began_s: float, cpu_s: float) -> None:
@@ -487,33 +418,38 @@ def figures(bench: Bench, speeds_kmh: npt.NDArray[np.floating], smoke: bool) -> 
         yield from _of_few_links(bench, base)
 
 
-def _of_few_links(bench: Bench, base: str) -> Iterator[Figure]:
-    """Yields what stations with few links each reach, together and with all links in one place, and how far the two lie apart."""
-    begin = "from the last value, " if base == "last" else ""
+def _few_links(bench: Bench, base: str) -> dict[tuple[int, bool], list[Trained]]:
+    """Returns what stations with few links each have reached, per seed, by their number and whether they were together."""
     found: dict[tuple[int, bool], list[Trained]] = {}
     for cell in with_few_links(base):
         if one := bench.found(cell):
             found.setdefault((cell.stations, cell.together), []).append(one)
-    for (count, together), of_seeds in found.items():
-        where = f"{count} stations together" if together else f"{count} stations' links in one place"
+    return found
+
+
+def _of_few_links(bench: Bench, base: str) -> Iterator[Figure]:
+    """Yields what stations with few links each reach, together and with all links in one place, and how far the two lie apart."""
+    begin, found = "from the last value, " if base == "last" else "", _few_links(bench, base)
+    for (number, together), of_seeds in found.items():
+        where = f"{number} stations together" if together else f"{number} stations' links in one place"
         each = [nmse_db(one.errors) for one in of_seeds]
         yield Figure(f"{begin}{where}, all", round(fmean(each), 2), f"dB, mean of {len(each)} seeds")
         if len(each) > 1:
             yield Figure(f"{begin}{where}, standard deviation over seeds", round(stdev(each), 3), "dB")
-    for count in COUNTS[1:]:
-        if pairs := list(zip(found.get((count, True), []), found.get((count, False), []), strict=False)):
-            yield from _apart(f"{begin}{count} stations, together less one place", pairs)
+    for number in COUNTS[1:]:
+        if pairs := list(zip(found.get((number, True), []), found.get((number, False), []), strict=False)):
+            yield from _apart(f"{begin}{number} stations, together less one place", pairs)
 
 
-def few_links_in_db(bench: Bench, base: str) -> dict[str, list[float]]:
-    """Returns how far below 0 dB the errors of stations with few links are, by setting, a value per seed."""
-    found: dict[str, list[float]] = {}
-    for cell in with_few_links(base):
-        if one := bench.found(cell):
-            where = "together" if cell.together else "all links in one place"
-            name = "1 station, alone" if cell.stations == 1 else f"{cell.stations} stations, {where}"
-            found.setdefault(name, []).append(-float(nmse_db(one.errors)))
-    return found
+def plot_of_few_links(bench: Bench) -> str:
+    """Returns a plot of how far below 0 dB the errors of stations with few links are, from the last value; empty if no cell is done."""
+    rows: dict[str, list[float]] = {}
+    for (number, together), of_seeds in _few_links(bench, "last").items():
+        where = "together" if together else "all links in one place"
+        name = "1 station, alone" if number == 1 else f"{number} stations, {where}"
+        rows[name] = [-float(nmse_db(one.errors)) for one in of_seeds]
+    title = "Error below a prediction of zero's, 120 links per station, median and range of seeds"
+    return bars(title, "dB", rows, [name for name in rows if "one place" not in name]) if rows else ""
 
 
 def _of_last_value(bench: Bench, speeds_kmh: npt.NDArray[np.floating]) -> Iterator[Figure]:
@@ -592,10 +528,8 @@ def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], l
         "run_file": RUN_FILE, "size": vars(SIZE), "lr_from_last_value": LAST_LR, "stations": STATIONS, "layers": LAYERS, "training": repr(TRAINING),
         "test": repr(TEST), "seeds": SEEDS, "plain_lr": PLAIN_LR, "plain_batch": PLAIN_BATCH, "resampled": RESAMPLED,
     }  # fmt: skip
-    if plotted := few_links_in_db(bench, "last"):
-        apart = [name for name in plotted if "one place" not in name]
-        title = "Error below that of a prediction of zero, stations with 120 links"
-        (RESULTS / "channel_learned.svg").write_text(bars(title, "dB", plotted, apart), encoding="utf-8")
+    if plot := plot_of_few_links(bench):
+        (RESULTS / "channel_learned.svg").write_text(plot, encoding="utf-8")
     return settings, list(figures(bench, test.speed_kmh, smoke))
 
 
