@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 # Those that need an emulated machine or a Docker engine have tests of their own: tests/unit/test_benchmark_boards.py,
 # tests/unit/test_testbed_benchmarks.py. That of links runs on the federation that other tests share: test_benchmark_links.py;
 # what the demo's run leaves is looked at in test_smollm2.py. gguf_answers needs llama.cpp: tests/contract/test_gguf_out.py compares
-# small models where it is installed.
+# small models where it is installed. series_networks holds what channel_learned compares with.
 APART = (
     "__init__",
     "common",
@@ -30,6 +30,7 @@ APART = (
     "testbed_memory",
     "planner_testbeds",
     "link_change",
+    "series_networks",
 )
 NAMES = sorted(file.stem for file in (ROOT / "benchmarks").glob("*.py") if file.stem not in APART)
 
