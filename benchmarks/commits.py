@@ -30,6 +30,7 @@ import numpy as np
 
 from benchmarks.common import Figure, main
 from edgelam_fl.errors import ConfigError
+from edgelam_fl.federation.template import warm_template
 from edgelam_fl.model.adapter import Adapter, initial_adapter, read_peft_folder
 from edgelam_fl.model.source import find_model
 from edgelam_fl.plan.spec import RunSpec
@@ -151,11 +152,9 @@ def _same(one: Adapter, other: Adapter) -> bool:
 
 
 def kill_writers(model: Path, run: Path, kills: int, draw: random.Random) -> Counter[str]:
-    """Starts a writer, kills it, judges the folder, and so on. Writers are forked from a process that has imported all and runs
-    nothing, as imports take seconds.
-    """
+    """Starts a writer, kills it, judges the folder, and so on. Writers are forked from the template, as imports take seconds."""
+    warm_template()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.commits"])
     spec, counts, stored = spec_of(model), Counter[str](), 0
     for number in range(kills):
         heard, told = context.Pipe(duplex=False)

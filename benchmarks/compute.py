@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Figure, main
+from edgelam_fl.federation.template import warm_template
 
 ROWS, TOKENS, TURNS, STEPS = 4, 128, 5, 1
 MODEL, BASES = "smollm2-135m", ("fp32", "bf16", "int8", "nf4")
@@ -132,9 +133,9 @@ def _write_examples(file: Path) -> Path:
 
 
 def _start(target: Callable[..., None], *arguments: Any) -> Connection:
-    """Starts a process, forked from one that has done the imports, and returns the connection to it."""
+    """Starts a process, forked from the template of nodes' processes, and returns the connection to it."""
+    warm_template()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers.models.llama.modeling_llama", "edgelam_fl.split.loss", "tests.fleet"])
     ours, theirs = context.Pipe()
     os.environ |= {"HF_HUB_OFFLINE": "1", "MALLOC_ARENA_MAX": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     context.Process(target=target, args=(*arguments, theirs), daemon=True).start()

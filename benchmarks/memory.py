@@ -1,6 +1,6 @@
 """Measures a node's memory: loads slices of SmolLM2 in every base and trains a step, each in a process of its own.
 
-Each process is forked from one that has only done its imports, whose memory is the baseline. Pages of mapped weight files
+Each process is forked from the template of nodes' processes, whose memory is the baseline. Pages of mapped weight files
 count, and every page is read first. Writes a table as well: benchmarks/results/memory.md. --smoke: two slices in int8.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, Figure, main
+from edgelam_fl.federation.template import warm_template
 from edgelam_fl.model.base_names import BASES
 
 SLICES = (2, 8, 15, 26)
@@ -50,8 +51,8 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
 
 def _measured(base: str, layers: int, cache: str = "") -> dict[str, Any]:
     """Measures one slice in a new process and returns its row. `cache`: an empty folder to use instead of the user's cache."""
+    warm_template()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers.models.llama.modeling_llama", "gguf", "edgelam_fl.model.stage"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_one, args=(base, layers, cache, theirs))
     process.start()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import Figure, main
+from edgelam_fl.federation.template import warm_template
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
@@ -77,7 +78,7 @@ def _window_rates_bps(samples: Samples, window_s: float) -> list[float]:
 def _run(seconds: float) -> dict[str, Samples]:
     """Loads all links; returns each end's samples: "device-1 up" at the host, "device-1 down" at the device."""
     context = multiprocessing.get_context("forkserver")  # gRPC's threads do not survive a fork of this process
-    context.set_forkserver_preload(["torch", "edgelam_fl.wire.grpc.dial", "edgelam_fl.wire.grpc.serve"])
+    warm_template()
     address, results, ready = context.Queue(), context.Queue(), context.Barrier(1 + len(SHARES))
     processes = [context.Process(target=_host, args=(address, results, ready, seconds))]
     processes[0].start()

@@ -7,6 +7,7 @@ is killed. --smoke: only int8.
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 from benchmarks.common import Figure, main
 from edgelam_fl.addresses import free_port
@@ -140,7 +142,8 @@ class Node:
         command = [sys.executable, "-m", "edgelam_fl.node.daemon", "--name", "edge-1", "--state", str(state)]
         command += ["--threads", "1", "--server", "127.0.0.1:1"]
         home = {"HOME": str(folder / "home"), "EDGELAM_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
-        self._child = Child("edge-1's stage host", command, state / "stage-host.log", home)
+        with patch.dict(os.environ, home):  # which a forked process takes over
+            self._child = Child("edge-1's stage host", command, state / "stage-host.log", forked=True)
         plan, tensors = _plan(source, base, token, int(proxy.address.rpartition(":")[2]))
         self._tail = EventTail(state / "events.jsonl")
         self._tail.poll()
