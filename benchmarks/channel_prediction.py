@@ -93,11 +93,14 @@ def _predictions(training: Links, test: Links) -> Iterator[Figure]:
 
 def _on_other_links(links: Links) -> Iterator[Figure]:
     """Yields the errors of the subspace predictors on links that their settings were not chosen on."""
+    count = len(links.speed_kmh)
     for snr_db in SNRS_DB:
         past, noise_power = with_noise(past_of(links.up_NTFM), snr_db, NOISE_SEEDS[0]), 10 ** (-snr_db / 10)
         for name, predicted in _in_directions(past, noise_power):
-            each = errors(predicted, future_of(links.up_NTFM))
-            yield Figure(f"TDD, {snr_db:g} dB: {name}, the other {len(each)} links", round(nmse_db(each), 2), "dB")
+            value = nmse_db(errors(predicted, future_of(links.up_NTFM)))
+            yield Figure(f"TDD, {snr_db:g} dB: {name}, the other {count} links", round(value, 2), "dB")
+        value = nmse_db(errors(_corrected(past, noise_power, other_band=True), future_of(links.down_NTFM)))
+        yield Figure(f"FDD, {snr_db:g} dB: mean of carried ARs, the other {count} links", round(value, 2), "dB")
 
 
 def _predicted(training: Links, test: Links) -> Iterator[tuple[str, Channels_NTFM]]:
@@ -106,17 +109,29 @@ def _predicted(training: Links, test: Links) -> Iterator[tuple[str, Channels_NTF
     for snr_db in SNRS_DB:
         for name, predicted in _same_band(training, test, snr_db):
             yield f"TDD, {snr_db:g} dB: {name}", predicted
-    past = past_of(test.up_NTFM)
-    across = RidgeAcross.fit(past_of(training.up_NTFM), future_of(training.down_NTFM))
-    yield "FDD, no noise: last value", extrapolation.last_value(past)
-    yield "FDD, no noise: ridge", across.predict(past)
+    for snr_db, noise in ((np.inf, "no noise"), (20.0, "20 dB"), (10.0, "10 dB")):
+        for name, predicted in _other_band(training, test, snr_db):
+            yield f"FDD, {noise}: {name}", predicted
 
 
-def _same_band(training: Links, test: Links, snr_db: float) -> Iterator[tuple[str, Channels_NTFM]]:
+def _seen(training: Links, test: Links, snr_db: float) -> tuple[Channels_NTFM, Channels_NTFM]:
+    """Returns the past slots of the links to fit and of those to score, with noise."""
     fitted_to, past = (
         with_noise(past_of(links.up_NTFM), snr_db, seed)
         for links, seed in zip((training, test), NOISE_SEEDS, strict=True)
     )
+    return fitted_to, past
+
+
+def _other_band(training: Links, test: Links, snr_db: float) -> Iterator[tuple[str, Channels_NTFM]]:
+    fitted_to, past = _seen(training, test, snr_db)
+    yield "last value", extrapolation.last_value(past)
+    yield "ridge", RidgeAcross.fit(fitted_to, future_of(training.down_NTFM)).predict(past)
+    yield "mean of carried ARs", _corrected(past, 10 ** (-snr_db / 10), other_band=True)
+
+
+def _same_band(training: Links, test: Links, snr_db: float) -> Iterator[tuple[str, Channels_NTFM]]:
+    fitted_to, past = _seen(training, test, snr_db)
     noise_power, future = 10 ** (-snr_db / 10), future_of(training.up_NTFM)
     yield "last value", extrapolation.last_value(past)
     yield "ridge, all speeds", Ridge.fit(fitted_to, future).predict(past)
@@ -131,10 +146,15 @@ def _in_directions(past: Channels_NTFM, noise_power: float) -> Iterator[tuple[st
     """Yields what predicts in each link's strongest directions; the last is what the task of channel prediction corrects."""
     yield "subspace AR(8)", extrapolation.subspace(past, noise_power)
     yield "subspace AR(8) per delay bin", extrapolation.subspace(past, noise_power, by_bin=True)
+    yield "mean of subspace ARs", _corrected(past, noise_power)
+
+
+def _corrected(past: Channels_NTFM, noise_power: float, *, other_band: bool = False) -> Channels_NTFM:
+    """Returns what the task of channel prediction corrects."""
     no_correction = np.zeros((1, 2 * AHEAD), np.float32)  # of one series
     parts = [past[first : first + CHUNK] for first in range(0, len(past), CHUNK)]
-    links = [link for part in parts for link in strong_series(part, noise_power, AHEAD, most=1)]
-    yield "mean of subspace ARs", np.stack([channel_of(link, no_correction) for link in links])
+    links = [link for part in parts for link in strong_series(part, noise_power, AHEAD, 1, other_band=other_band)]
+    return np.stack([channel_of(link, no_correction) for link in links])
 
 
 if __name__ == "__main__":

@@ -361,12 +361,13 @@ class RadioSection(Section):
         description="strongest series of a sample that a model gets as tokens; at most task.max_tokens",
     )
     duplex: Literal["tdd", "fdd"] = Field(
-        "tdd", description="whether the band that is heard is predicted, or the other one of the data"
+        "tdd",
+        description="whether the band that is heard is predicted, or the other one of the data, which lies right above it",
     )
     base: Literal["autoregressions", "last"] = Field(
         "autoregressions",
-        description="what a model corrects in the band that is heard: the mean of autoregressions, which it then gets beside each series, "
-        "or the series' last value, with nothing beside the series",
+        description="what a model corrects: the mean of autoregressions, which it then gets beside each series, or, in the band that is heard, the "
+        "series' last value, with nothing beside the series",
     )
     beam_snrs_db: Annotated[tuple[float, ...], _LISTED] = Field(
         (0.0, 5.0, 10.0, 15.0, 20.0),

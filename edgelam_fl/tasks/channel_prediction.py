@@ -29,7 +29,7 @@ from edgelam_fl.wireless.prediction.rows import Strong, corrections, error_of, i
 from edgelam_fl.wireless.prediction.score import errors
 
 _ORDER = 8  # of the autoregression to compare with, at most half of the slots seen
-_ARS, _LAST = "mean of subspace ARs", "last value of each series"  # what is corrected
+_ARS, _CARRIED, _LAST = "mean of subspace ARs", "mean of carried ARs", "last value of each series"  # what is corrected
 _CHUNK = 64  # links whose series are found together
 _SPEED_STEP_KMH = 10.0  # errors are said by speed, rounded to such steps
 
@@ -48,7 +48,7 @@ class ChannelPrediction:
         self._is_fdd = self._radio.duplex == "fdd"
         self._base_is_last = self._radio.base == "last"
         # The last one is what is corrected: a model that is not trained has its error.
-        corrected = "zero" if self._is_fdd else _LAST if self._base_is_last else _ARS
+        corrected = _CARRIED if self._is_fdd else _LAST if self._base_is_last else _ARS
         self._others = ("last value", f"AR({_ORDER})", *([_ARS] if self._base_is_last else []), corrected)
 
     def examples(self, samples: Sequence[Sample]) -> Made:

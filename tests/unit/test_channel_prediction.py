@@ -22,6 +22,7 @@ from edgelam_fl.wireless.prediction.extrapolation import (
     subspace,
     zero,
 )
+from edgelam_fl.wireless.prediction.other_band import carried
 from edgelam_fl.wireless.prediction.ridge import Ridge, RidgeAcross, RidgeByBin, RidgeBySpeed
 from edgelam_fl.wireless.prediction.rows import WAYS, channel_of, corrections, inputs_of, strong_series
 from edgelam_fl.wireless.prediction.score import AHEAD, PAST, errors, future_of, nmse_db, past_of, spectral_efficiency
@@ -114,6 +115,42 @@ def test_series_stand_for_what_was_projected() -> None:
     assert np.mean(np.abs(projected(noise, directions)) ** 2) == pytest.approx(1.0, abs=0.05)
 
 
+# ---------------------------------------------------------------- the band above
+
+
+def test_paths_that_are_seen_are_carried_over_to_the_band_above() -> None:
+    """Three paths between the delays of the profile, in four directions; the matrices are for what is seen, so any slot will do."""
+    random = np.random.default_rng(1)
+    delays = np.array([0.013, 0.171, 0.4044])  # turns per subcarrier
+    both_PF = np.exp(-2j * np.pi * np.outer(delays, np.arange(96)))
+    gains_NPX = random.standard_normal((2, 3, 20 * 4, 2)) @ [1, 1j]
+    bands = [
+        np.fft.ifft(both_PF[:, of].T @ gains_NPX, axis=1, norm="ortho").reshape(2, 48, 20, 4).swapaxes(2, 3)
+        for of in (slice(48), slice(48, 96))
+    ]
+    seen, ahead = bands[0][..., :PAST].astype(np.complex64), np.stack(3 * [bands[0][..., PAST:]], axis=3)
+    over = carried(seen, ahead, noise_power=1e-6)
+    wanted = np.stack(3 * [bands[1][..., PAST:]], axis=3)
+    assert over.shape == ahead.shape
+    assert np.sum(np.abs(over[..., 1:, :] - wanted[..., 1:, :]) ** 2) < 0.01 * np.sum(np.abs(wanted[..., 1:, :]) ** 2)
+    turned = carried(1j * seen, 1j * ahead, noise_power=1e-6)
+    assert np.allclose(turned, 1j * over, atol=1e-3)
+
+
+@pytest.mark.parametrize("snr_db", [np.inf, 60.0, 10.0, -20.0])
+def test_noise_never_makes_the_band_above_much_worse_than_no_prediction(snr_db: float) -> None:
+    """With little noise the prediction is far better than none; what is below the noise is predicted as zero."""
+    seen, noise_power = with_noise(past_of(links().up_NTFM), snr_db, seed=4), 10 ** (-snr_db / 10)
+    found = strong_series(seen, noise_power, AHEAD, 1, other_band=True)
+    predicted = np.stack([channel_of(link, np.zeros((1, 2 * AHEAD), np.float32)) for link in found])
+    each = errors(predicted, future_of(links().down_NTFM))
+    assert np.all(np.isfinite(each))
+    assert nmse_db(each) < (-3.0 if snr_db >= 10 else 0.1)
+    assert each.max() < 1.5
+    for link in strong_series(seen[:2], 1e6, AHEAD, 1, other_band=True):
+        assert np.all(link.corrected_PA == 0)
+
+
 # ---------------------------------------------------------------- fitted to other links
 
 
@@ -161,7 +198,7 @@ def test_the_benchmark_scores_each_way_on_the_same_links() -> None:
     values = {figure.name: figure.value for figure in figures}
     assert values["TDD, any noise: zero, all"] == 0.0
     ways = [name.removesuffix(", all") for name in values if name.endswith(", all")]
-    assert len(ways) == 1 + 2 * 9 + 2
+    assert len(ways) == 1 + 2 * 9 + 3 * 3
     assert all(f"{way}, spectral efficiency" in values for way in ways)
 
 

@@ -2,5 +2,6 @@
 
 score          past and future of links, errors in dB, spectral efficiency
 extrapolation  predictors that learn from the link's own past alone
+other_band     what is predicted of one band, carried over to the band above it
 ridge          linear predictors that are fitted to other links
 """

@@ -1,10 +1,10 @@
 """What a learned predictor sees of links, as rows of numbers, and what it is to give: one row per strong series of a link.
 
 A series is a link's channel in one of its strongest directions and one delay bin (`series`). It is scaled to power 1 and turned so
-that its last value is real; what several autoregressions predict stands beside it. In the same band a predictor gives the
-correction of their mean, so that zeros are that mean, which weaker series keep in any case. With `base = "last"` nothing stands beside
-a series, and its last value is corrected. In the other band there is no such prediction: series of one direction keep their phases to
-each other, and a predictor gives the series itself. The errors of a link's series, weighted, and the share of its energy that they do
+that its last value is real; what several autoregressions predict stands beside it. A predictor gives the correction of their mean, so
+that zeros are that mean, which weaker series keep in any case. With `base = "last"` nothing stands beside a series, and its last
+value is corrected. For the other band, what the autoregressions predict is carried over to it (`other_band`), and series of one
+direction keep their phases to each other. The errors of a link's series, weighted, and the share of its energy that they do
 not hold add up to its error.
 
 Shapes: N links, T slots seen, A slots ahead, F subcarriers or delay bins, E directions, M ports, P = F E places of series, K strong
@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from edgelam_fl.wireless.channels.links import Channels_NTFM
 from edgelam_fl.wireless.prediction.extrapolation import autoregress
+from edgelam_fl.wireless.prediction.other_band import carried
 from edgelam_fl.wireless.prediction.series import channels_of, projected, strongest
 
 LOUD = 1.3  # a series is predicted if its power is above so many times that of the noise
@@ -37,7 +38,7 @@ class Strong:
     """The strong series of one link."""
 
     values_KT: _Complex
-    ahead_KWA: _Complex  # what each autoregression predicts, of the band that is seen; W = 0: a predictor sees none
+    ahead_KWA: _Complex  # what each autoregression predicts; W = 0: a predictor sees none
     units_K1: _Complex  # what each series is measured in: its amplitude and a phase
     places_K: npt.NDArray[np.int64]  # of each in [bins, directions], counted bin after bin
     corrected_PA: _Complex  # what is predicted of all series before any correction
@@ -56,8 +57,8 @@ def strong_series(
 ) -> list[Strong]:
     """Returns the series of each link that are above the noise: at most `most`, at least the strongest one.
 
-    other_band: the predicted band is not the one that is seen, and nothing is corrected. base: "autoregressions" or "last", what is
-    corrected otherwise.
+    other_band: the band right above the one that is seen is predicted. base: "autoregressions" or "last", what is corrected; for the
+    other band, the autoregressions.
     """
     directions_NME = strongest(past_NTFM)
     series_NFET = projected(past_NTFM, directions_NME).transpose(0, 2, 3, 1)
@@ -66,6 +67,8 @@ def strong_series(
     ahead_NFEWA = np.stack([_continued(series_NFET, loud_NF, *way, ahead) for way in WAYS], axis=3)
     largest_NFE = LARGEST * np.sqrt(power_NFE) * (power_NFE > LOUD * noise_power)
     ahead_NFEWA *= np.minimum(1, largest_NFE[..., None, None] / np.maximum(np.abs(ahead_NFEWA), _LEAST))
+    if other_band:
+        ahead_NFEWA = carried(series_NFET, ahead_NFEWA, noise_power)
     links = zip(series_NFET, ahead_NFEWA, power_NFE, directions_NME, strict=True)
     return [_strong(*link, LOUD * noise_power, most, other_band, base) for link in links]
 
@@ -95,7 +98,7 @@ def _strong(
         last_K = series_FET[power_FE.argmax(axis=0), np.arange(power_FE.shape[1]), -1][places_K % power_FE.shape[1]]
     turns_K = np.exp(1j * np.angle(last_K))
     units_K1 = (np.sqrt(np.maximum(power_P[places_K], _LEAST)) * turns_K).astype(np.complex64)[:, None]
-    corrected_PA, beside_KWA = np.zeros_like(mean_PA) if other_band else mean_PA, ahead_PWA[places_K]
+    corrected_PA, beside_KWA = mean_PA, ahead_PWA[places_K]
     if base == "last":
         last_P = series_FET[..., -1].ravel() * (power_P > least)
         corrected_PA, beside_KWA = np.repeat(last_P[:, None], mean_PA.shape[1], axis=1), beside_KWA[:, :0]
