@@ -79,13 +79,16 @@ def run_config(model: str, *overrides: str) -> RunConfig:
     return parse_run_file("", source="test", overrides=[*small, *overrides])
 
 
-def write_data_files(folder: Path) -> list[Path]:
-    """Writes three devices' data: different words, different answer lengths, so that label counts are unequal."""
+def write_data_files(folder: Path, fewest: int = 24) -> list[Path]:
+    """Writes three devices' data: different words, different answer lengths, so that label counts are unequal.
+
+    `fewest`: examples of the first device; each further one has 7 / 24 of that more.
+    """
     files = []
     for device in range(3):
         lines = [
             {"question": f"What is {device}.{n}?", "answer": f"It is {'word ' * (device * 3 + n % 4 + 1)}number {n}."}
-            for n in range(24 + 7 * device)
+            for n in range(fewest + fewest * 7 // 24 * device)
         ]
         file = folder / f"device-{device + 1}.jsonl"
         file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.parity.daemons import Daemon, running
+from tests.support import write_data_files
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +19,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def data_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """So few examples per device that its second pass begins within five steps of four."""
+    return write_data_files(tmp_path_factory.mktemp("few"), fewest=9)
 
 
 @pytest.fixture(scope="session")

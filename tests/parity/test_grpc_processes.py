@@ -45,7 +45,7 @@ from tests.support import run_config
 
 pytestmark = pytest.mark.processes
 
-STEPS = 10  # each device begins its data for the second time
+STEPS = 5  # each device begins its data for the second time
 REAL_STEPS = 3  # of SmolLM2
 
 

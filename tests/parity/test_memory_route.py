@@ -45,7 +45,7 @@ from tests.fleet import (
 )
 from tests.support import run_config
 
-STEPS = 10  # each device begins its data for the second time
+STEPS = 5  # each device begins its data for the second time
 OF_BASE = {"fp32": STEPS, "bf16": 4}  # the CPU computes bf16 slowly
 
 

@@ -29,7 +29,7 @@ from tests.fleet import check_done, device_batches, memory_fleet, relative_dista
 from tests.parity.reference import Reference
 from tests.support import run_config
 
-STEPS = 10  # each device begins its data for the second time
+STEPS = 5  # each device begins its data for the second time
 FEW = 4  # more than optimizers need until their moments count
 OF_BASE = {"fp32": STEPS, "bf16": FEW}  # the CPU computes bf16 slowly
 Reports = dict[str, pb.JobReport]
@@ -371,16 +371,16 @@ def test_a_last_stage_that_sees_the_labels_trains_the_same(
 
 
 def test_a_device_with_fewer_batches_sits_out_the_rest_of_an_epoch(tiny: ModelSource, data_files: list[Path]) -> None:
-    config = run_config(tiny.name, "federation.epochs=1", "federation.batch_size=8")
-    own = {"device-1": 3, "device-2": 4}
+    config = run_config(tiny.name, "federation.epochs=1", "federation.batch_size=4")
+    own = {"device-1": 2, "device-2": 3}
     adapter = start_of(tiny, config)
     with memory_fleet(tiny, config, data_files[:2]) as fleet:
-        assert {name: -(-count // 8) for name, count in fleet.examples.items()} == own
-        reports = fleet.run(adapter, 4)
+        assert {name: -(-count // 4) for name, count in fleet.examples.items()} == own
+        reports = fleet.run(adapter, 3)
     check_done(reports)
     assert {name: len(reports[name].steps) for name in own} == own
     assert all(step.counted for name in own for step in reports[name].steps)
-    batches = batches_of(tiny, config, data_files[:2], 4)
+    batches = batches_of(tiny, config, data_files[:2], 3)
     site = sum(unit.count for name, steps in own.items() for step in batches[name][:steps] for unit in step)
     assert next(c.weight for c in reports["edge-1"].contributions) == site
 
