@@ -252,7 +252,7 @@ class Memory:
 
 
 def _idle_node(checkout: Checkout, folder: Path) -> dict[str, Memory]:
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{free_port(count=2)}"
     with (
         _running(checkout.command("server", "--listen", address, "--insecure", "--state", str(folder / "server")), checkout, folder),
         _running(checkout.command("client", "--server", address, "--insecure", "--wait", "--name", "node", "--state", str(folder / "node")), checkout, folder) as client,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import random
 import re
 import socket
 
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
 
+_SERVERS = range(20_000, 32_000)  # below the ports that systems give to outgoing connections: from 32768 or 49152 on
+_TRIES = 200
 _EVERY_INTERFACE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -85,8 +88,17 @@ def check_port_free(host: str, port: int, option: str) -> None:
             ) from error
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """Returns a port that the system had free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+def free_port(host: str = "127.0.0.1", count: int = 1) -> int:
+    """Returns a port that was free a moment ago: the first of `count` in a row.
+
+    Systems give outgoing connections none of these, so none takes it before it is used. Raises EnvironmentProblem if none is free.
+    """
+    tried = random.SystemRandom().sample(range(_SERVERS.start, _SERVERS.stop - count), _TRIES)
+    for port in tried:
+        with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
+            for each in range(port, port + count):
+                probes.enter_context(socket.socket()).bind((host, each))
+            return port
+    raise EnvironmentProblem(
+        f"{_TRIES} ports between {_SERVERS.start} and {_SERVERS.stop} on {host} were tried, and none can be opened; end what uses them"
+    )

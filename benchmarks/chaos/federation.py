@@ -11,7 +11,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.chaos.line import Line
 from benchmarks.chaos.processes import MARK, Process, listening, processes
-from edgelam_fl.addresses import answers
+from edgelam_fl.addresses import answers, free_port
 from edgelam_fl.trust.identity import DEVICE, HOST
 from edgelam_fl.trust.invites import Invitation
 from edgelam_fl.trust.server import open_trust
@@ -57,7 +56,7 @@ class Federation:
 
     def __post_init__(self) -> None:
         self.mark = f"{os.getpid()}-{time.time_ns():x}"
-        self.port = _two_free_ports()
+        self.port = free_port("0.0.0.0", 2)  # the hub takes the second
         self.server = f"127.0.0.1:{self.port}"
         self.environment = {
             **os.environ, MARK: self.mark, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
@@ -67,7 +66,7 @@ class Federation:
             self.environment["PYTHONPATH"] = str(self.tree)
         self.control = Line(self.server, f"{_OUTSIDE}:{self.port}")
         self.hub = Line(f"127.0.0.1:{self.port + 1}", f"{_OUTSIDE}:{self.port + 1}")
-        self._data_ports = {edge: _two_free_ports() for edge in self.edges}
+        self._data_ports = {edge: free_port("0.0.0.0") for edge in self.edges}
         self.data = {edge: Line(f"127.0.0.1:{port}") for edge, port in self._data_ports.items()}
 
     # ---------------------------------------------------------------- its life
@@ -236,16 +235,3 @@ def _mounted(place: Path) -> bool:
 
 def _program() -> str:
     return str(Path(sys.executable).with_name("edgelam"))
-
-
-def _two_free_ports() -> int:
-    """Returns the first of two ports in a row that are free at both loopback addresses: the hub takes the second."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("0.0.0.0", 0))
-            port = int(first.getsockname()[1])
-            try:
-                second.bind(("0.0.0.0", port + 1))
-                return port
-            except OSError:
-                continue

@@ -57,7 +57,7 @@ def test_one_pasted_line_joins_a_node_and_revoking_ends_it(tmp_path: Path, child
     def says(log: Path, words: str) -> Callable[[], bool]:
         return lambda: log.exists() and words in log.read_text(encoding="utf-8")
 
-    server = start("server", "server", "--listen", f"127.0.0.1:{free_port()}", "--state", "server")
+    server = start("server", "server", "--listen", f"127.0.0.1:{free_port(count=2)}", "--state", "server")
     wait_for(says(server.log, "not announced on the network: it listens on this machine alone"), server)
     said = server.log.read_text(encoding="utf-8")
     for line in ("edgelam invite NAME", "export FLWR_HOME=", 'flwr run . --run-config "federation.rounds=2"'):

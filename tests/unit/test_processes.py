@@ -97,8 +97,11 @@ def test_a_port_in_use() -> None:
     assert not answers("127.0.0.1", port)
 
 
-def test_a_free_port_is_free() -> None:
-    check_port_free("127.0.0.1", free_port(), "--port")
+def test_free_ports_are_free_and_never_given_to_outgoing_connections() -> None:
+    first = free_port(count=3)
+    for port in range(first, first + 3):
+        check_port_free("127.0.0.1", port, "--port")
+        assert port < 32768
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.1"])
