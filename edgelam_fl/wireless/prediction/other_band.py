@@ -18,9 +18,8 @@ import numpy.typing as npt
 STEPS = (6, 12, 25, 50, 100)
 """Of each prediction, the steps after which the profile is taken that carries it over; further ones begin with the first again."""
 FINE = 8  # delays per delay bin; the F bins are all that subcarriers tell apart
-SPREAD_FACTOR = (
-    3.0  # predictions of a series lie closer to each other than to the truth: their error's power over their spread's
-)
+SPREAD_FACTOR = 3.0
+"""The power of predictions' error over that of their spread: they lie closer to each other than to the truth."""
 _LEAST = 1e-7  # of a link's power, counted as noise: keeps matrices invertible
 
 _Complex = npt.NDArray[np.complexfloating]
@@ -61,9 +60,8 @@ def _profiles(seen_NFF: _Complex, noise_N: _Reals) -> Iterator[_Reals]:
     for step in range(1, max(STEPS) + 1):
         inverse_NFF = np.linalg.inv(_covariance(profile_NG, bins) + _on_diagonal(noise_N, bins))
         found_NG = _at_delays(inverse_NFF @ seen_NFF @ inverse_NFF)
-        least_N = 1 / (
-            profile_NG.sum(axis=1) + noise_N / bins
-        )  # by Cauchy and Schwarz; rounding errors must not be less
+        # By Cauchy and Schwarz; rounding errors must not make it less.
+        least_N = 1 / (profile_NG.sum(axis=1) + noise_N / bins)
         profile_NG = profile_NG * np.sqrt(found_NG / np.maximum(_at_delays(inverse_NFF), least_N[:, None]))
         if step in STEPS:
             yield profile_NG
