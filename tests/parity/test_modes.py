@@ -24,8 +24,8 @@ from strategies.aggregation.fedavg import FedAvg
 from strategies.aggregation.fedprox import FedProx
 from strategies.aggregation.ffa import FfaLora
 from strategies.aggregation.rolora import RoLora
-from strategies.api import Aggregation, Contribution, Start
-from tests.fleet import check_done, device_batches, memory_fleet, relative_distance, same_bits
+from strategies.api import Aggregation
+from tests.fleet import averaged, check_done, device_batches, memory_fleet, relative_distance, same_bits
 from tests.parity.reference import Reference
 from tests.support import run_config
 
@@ -55,15 +55,6 @@ def by_source(reports: Reports, scope: str) -> dict[str, Adapter]:
     return found
 
 
-def aggregated(reports: Reports) -> Adapter:
-    found = [
-        Contribution(contribution.source, contribution.weight, adapters.from_bytes(contribution.adapter))
-        for report in reports.values()
-        for contribution in report.contributions
-    ]
-    return dict(FedAvg().aggregate(found, Start({})).tensors)
-
-
 def run_rounds(
     source: ModelSource,
     config: RunConfig,
@@ -79,7 +70,7 @@ def run_rounds(
             fleet.settings = (rule or FedAvg()).client_settings(number + 1)
             reports = fleet.run(adapter, steps, step_offset=number * steps)
             check_done(reports)
-            adapter = {**adapter, **aggregated(reports)}
+            adapter = averaged(adapter, reports)
     return reports, adapter
 
 
