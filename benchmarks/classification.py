@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from benchmarks.common import Figure, main
 from benchmarks.data.wordnet import SAMPLE, definitions, sample, unpacked
+from edgelam_fl.config import read_run_file
+from edgelam_fl.federation.local import run_local
 from edgelam_fl.files import cache_folder
+from edgelam_fl.telemetry.events import RunFailure
 
 DEVICES, EXAMPLES = 3, 12_000
 RUN_FILE = """\
@@ -118,12 +118,11 @@ def write(file: Path, rows: list[dict[str, str]]) -> Path:
 
 def run(run_file: Path, folder: Path, files: list[Path], overrides: list[str]) -> dict[str, Any]:
     """Runs one federation on this machine and returns its summary."""
-    command = [str(Path(sys.executable).with_name("edgelam")), "run", str(run_file), "--out", str(folder)]
-    command += ["--local", str(len(files)), *(word for file in files for word in ("--data", str(file)))]
-    command += ["--set", f"federation.expect_nodes={len(files)}", *(word for o in overrides for word in ("--set", o))]
-    done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=sys.stderr, check=False)
-    if done.returncode:
-        raise SystemExit(f"`{' '.join(command)}` ended with status {done.returncode}")
+    config = read_run_file(run_file, [f"federation.expect_nodes={len(files)}", *overrides])
+    for event in run_local(config, files, folder):
+        print(folder.name, type(event).__name__, flush=True)
+        if isinstance(event, RunFailure):
+            raise SystemExit(f"the run in {folder} failed: {event.reason}")
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 

@@ -1,7 +1,7 @@
 """Checks that whatever is in a data file, readers answer with a DataError and its place at worst: 20,000 files, from a seed.
 
 Bytes, JSON, CSV, and Arrow and Parquet tables are made by hypothesis, mostly damaged, and read under every suffix: by a run
-with its shapes, with bad lines skipped, as classes, and by `edgelam init`. What was read becomes token ids. --smoke: 100 files.
+with its shapes, with bad lines skipped, as classes, and by `edgelam init`. What was read becomes token ids. --smoke: 20 files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], list[Figure]]:
-    files = 100 if smoke else options.files
+    files = 20 if smoke else options.files
     outcomes: Counter[str] = Counter()
     problems: list[str] = []
     read = 0

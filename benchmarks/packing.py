@@ -1,8 +1,8 @@
 """Measures what packing saves and whether it changes what is learned (task.packing): perplexity and tokens per second beside without.
 
 One device with docstrings of Python, one host, in one process with one thread; the same examples make the same steps in both arms,
-which take turns. Tokens per second are of processor time, so that another program beside does not count. --smoke: one step of a tiny
-random model.
+which take turns. Tokens per second are of processor time, so that another program beside does not count. --smoke: one small step of a
+tiny random model.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ SETTINGS = (
     "split.hosts=1", "split.micro_batches=2", "federation.batch_size=16", "task.max_tokens=256", "task.loss_on=all",
     "task.template=plain", "federation.evaluate_examples=32", "optimizer.lr=2e-3",
 )  # fmt: skip
+FEW, SMALL = 60, ("federation.batch_size=4", "federation.evaluate_examples=4")  # examples and settings of a smoke run
 ARMS = {"without packing": False, "with packing": True}
 STEPS, ROUNDS = 4, 2
 MOST_APART = 0.01  # relative, of the perplexities after training: both arms round differently in every step
@@ -37,19 +39,21 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (file,) = write_device_files(folder / "data", 1)
+        if smoke:
+            file.write_text("".join(file.read_text("utf-8").splitlines(keepends=True)[:FEW]), encoding="utf-8")
         source = find_model(str(write_tiny_llama(folder / "tiny")) if smoke else "smollm2-135m")
-        steps, rounds = (1, 1) if smoke else (STEPS, ROUNDS)
+        steps, rounds, more = (1, 1, SMALL) if smoke else (STEPS, ROUNDS, ())
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            figures = _figures(source, file, steps, rounds)
+            figures = _figures(source, file, steps, rounds, more)
         finally:
             torch.set_num_threads(threads)
     return {"model": source.name, "settings": SETTINGS, "steps": steps, "rounds": rounds}, figures
 
 
-def _figures(source: ModelSource, file: Path, steps: int, rounds: int) -> list[Figure]:
-    arms = {name: Arm(source, file, _config(source, packing=packing)) for name, packing in ARMS.items()}
+def _figures(source: ModelSource, file: Path, steps: int, rounds: int, more: Sequence[str]) -> list[Figure]:
+    arms = {name: Arm(source, file, _config(source, more, packing=packing)) for name, packing in ARMS.items()}
     for _ in range(rounds):
         for arm in arms.values():
             arm.train(steps)
@@ -78,8 +82,8 @@ def _figures(source: ModelSource, file: Path, steps: int, rounds: int) -> list[F
     ]
 
 
-def _config(source: ModelSource, *, packing: bool) -> RunConfig:
-    overrides = [f"model.name={source.name}", *SETTINGS, f"task.packing={'true' if packing else 'false'}"]
+def _config(source: ModelSource, more: Sequence[str], *, packing: bool) -> RunConfig:
+    overrides = [f"model.name={source.name}", *SETTINGS, *more, f"task.packing={'true' if packing else 'false'}"]
     return parse_run_file("", source="the benchmark", overrides=overrides)
 
 

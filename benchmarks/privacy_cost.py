@@ -5,7 +5,7 @@ pairs, of the whole round's CPU seconds and of its time. `central`: a host's sha
 each step. `device` and `channel`: whole models on the devices, each of which clips its update once a round, and with `device` adds
 noise to it. The others are defences at the cut, and the low-rank payload, whose plain rounds train hosts and back with whole
 gradients. Where the server clips or adds noise, nodes do nothing more than always: its part is measured by itself, per update.
---smoke: one pair of rounds of one step, of a tiny random model.
+--smoke: one pair of rounds of one step, which load the slices too, of a tiny random model.
 """
 
 from __future__ import annotations
@@ -95,15 +95,15 @@ class Side:
 
 
 def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
-    pairs, steps = (1, 1) if smoke else (5, 2)
+    pairs, steps, warm = (1, 1, False) if smoke else (5, 2, True)
     torch.set_num_threads(1)  # stage hosts on threads of one process
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        files = write_data_files(folder)[:DEVICES]
+        files = write_data_files(folder, 12 if smoke else 24)[:DEVICES]
         model = find_model(str(write_tiny_llama(folder / "tiny")) if smoke else "smollm2-135m")
         for mode in MODES:
-            figures += _figures(mode, _pairs(model, files, mode, folder / mode.name, pairs, steps), steps)
+            figures += _figures(mode, _pairs(model, files, mode, folder / mode.name, pairs, steps, warm), steps)
             print(*figures[-2:], sep="\n", flush=True)
         figures += _of_server(model, smoke)
     dear = [figure for figure in figures if figure.name.endswith(ADDED) and figure.value > BAR_PERCENT]
@@ -113,9 +113,12 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
 
 
 def _pairs(
-    model: ModelSource, files: list[Path], mode: Mode, folder: Path, pairs: int, steps: int
+    model: ModelSource, files: list[Path], mode: Mode, folder: Path, pairs: int, steps: int, warm: bool
 ) -> list[tuple[Cost, Cost]]:
-    """Returns the cost of rounds without and with a mode, which take turns; which of them is first takes turns, too."""
+    """Returns the cost of rounds without and with a mode, which take turns; which of them is first takes turns, too.
+
+    `warm`: whether a round before them loads the slices.
+    """
     configs = [
         run_config(model.name, "federation.evaluate_every=1000", *mode.common, *keys)
         for keys in (mode.plain_keys, mode.keys)
@@ -130,8 +133,8 @@ def _pairs(
             Side(fleet, first_adapter(RunSpec(config, model)))
             for fleet, config in zip((plain, private), configs, strict=True)
         ]
-        for side in sides:
-            side.round(1)  # loads the slices
+        for side in sides if warm else ():
+            side.round(1)
         found = []
         for number in range(pairs):
             order = (0, 1) if number % 2 else (1, 0)

@@ -57,12 +57,14 @@ def byte_tokenizer(*, shuffled: int = 0, template: str = CHAT) -> PreTrainedToke
     return fast
 
 
-def write_tiny_llama(folder: Path, *, layers: int = 6, tied: bool = True, seed: int = 0) -> Path:
-    """Writes a random Llama with a byte tokenizer in Hugging Face's layout; returns its folder."""
+def write_tiny_llama(
+    folder: Path, *, layers: int = 6, tied: bool = True, seed: int = 0, tokenizer: PreTrainedTokenizerFast | None = None
+) -> Path:
+    """Writes a random Llama in Hugging Face's layout; returns its folder. `tokenizer`: None: one with a token per byte."""
     import torch  # seconds, for those tests alone that need a model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = byte_tokenizer()
+    tokenizer = tokenizer or byte_tokenizer()
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(

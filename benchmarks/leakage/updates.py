@@ -4,7 +4,8 @@ Four devices train SmolLM2 in a federation without hosts on docstrings of the st
 model, the adapter before and after, and a list of rare tokens: those in few of all docstrings. It ranks them by
 how well they explain the change of the first layer's factors A, in one device's update (the server) and in the average of
 four (everybody who gets the published adapter). Chance is measured too, by asking a device's update for the rare tokens of
-another device. The upper line is the same attack on the gradient of the whole weights, which nobody sends.
+another device. The upper line is the same attack on the gradient of the whole weights, which nobody sends. --smoke: a few texts and a
+tiny random model with SmolLM2's tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from benchmarks.leakage.recorded import RecordedRound, recorded_rounds, run_conf
 from benchmarks.leakage.texts import glosses, token_ids
 from edgelam_fl.model.adapter import PREFIX, Adapter
 from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.model.tokenizer import load_tokenizer
 from edgelam_fl.model.whole import load_whole
 from edgelam_fl.privacy.attacks import membership
 from edgelam_fl.privacy.attacks.updates import share_of_best, token_scores, whitening
@@ -35,6 +37,7 @@ from edgelam_fl.tasks.causal_lm import CausalLm, loss_rows, loss_sum, make_units
 from edgelam_fl.tasks.data import Pair, batch_indices, read_pairs
 from edgelam_fl.tasks.docstrings import docstring_pairs
 from edgelam_fl.tasks.held_out import set_aside
+from tests.support import write_tiny_llama
 
 MODEL, MODULES = "smollm2-135m", ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj")
 MOST_TEXTS, BEST, PUBLIC_TEXTS = (
@@ -68,7 +71,12 @@ class Ranked:
 
 
 def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
-    return measure_model(find_model(MODEL), Sizes(1, 2, 3, 2, 1) if smoke else Sizes())
+    model = find_model(MODEL)
+    if not smoke:
+        return measure_model(model, Sizes())
+    with TemporaryDirectory() as folder:
+        tiny = write_tiny_llama(Path(folder), layers=4, tokenizer=load_tokenizer(model.folder))
+        return measure_model(find_model(str(tiny)), Sizes(1, 2, 3, 2, 1))
 
 
 def measure_model(source: ModelSource, sizes: Sizes) -> tuple[dict[str, Any], list[Figure]]:
