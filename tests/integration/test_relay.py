@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,18 @@ class Namespace:
 
     def inside(self, *command: str) -> list[str]:
         return ["ip", "netns", "exec", self.name, *command]
+
+
+@dataclass
+class NodeElsewhere(NodeProcesses):
+    """A node whose processes, forked like others, are in a network namespace; None: in this machine's own."""
+
+    space: Namespace | None = None
+
+    def _start_child(self, kind: str, command: Sequence[str], log: str) -> None:
+        python, option, *module = command
+        into = ["tests.integration.in_namespace", f"/run/netns/{self.space.name}"] if self.space else []
+        super()._start_child(kind, [python, option, *into, *module], log)
 
 
 def ip(words: str) -> None:
@@ -95,10 +107,17 @@ def test_nodes_that_reach_the_server_alone_train_through_its_relay(
     hub = HubProcess("0.0.0.0", free_port(), tmp_path / "hub", insecure=True)
     children: list[Child] = []
     nodes = [
-        NodeProcesses(
-            name, f"127.0.0.1:{port}", tmp_path / name, data=few_pairs.get(name), threads=1, forked=True, insecure=True
+        NodeElsewhere(
+            name,
+            f"{space.server if space else '127.0.0.1'}:{port}",
+            tmp_path / name,
+            data=few_pairs.get(name),
+            threads=1,
+            forked=True,
+            insecure=True,
+            space=space,
         )
-        for name in ("device-2", "device-3", "edge-1")
+        for name, space in (("device-1", home), ("device-2", None), ("device-3", None), ("edge-1", None))
     ]
     try:
         hub.start()
@@ -107,13 +126,9 @@ def test_nodes_that_reach_the_server_alone_train_through_its_relay(
         for node in nodes:
             node.start()
             children += node.children.values()
-        for name, space, options in (
-            ("device-1", home, ["--data", str(few_pairs["device-1"])]),
-            ("edge-2", away, ["--listen", "relay"]),
-        ):
-            command = [str(Path(sys.executable).with_name("edgelam")), "client", "--insecure", "--threads", "1"]
-            command += ["--server", f"{space.server}:{port}", "--name", name, "--state", str(tmp_path / name), *options]
-            children.append(Child(name, space.inside(*command), tmp_path / f"{name}.log"))
+        command = [str(Path(sys.executable).with_name("edgelam")), "client", "--insecure", "--threads", "1"]
+        command += ["--server", f"{away.server}:{port}", "--name", "edge-2", "--state", str(tmp_path / "edge-2")]
+        children.append(Child("edge-2", away.inside(*command, "--listen", "relay"), tmp_path / "edge-2.log"))
         events = train(f"127.0.0.1:{port}", tiny, tmp_path, children)
     finally:
         end_all(children)
