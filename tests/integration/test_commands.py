@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -23,6 +24,7 @@ from edgelam_fl.addresses import free_port, split_address
 from edgelam_fl.config import parse_run_file, read_run_file
 from edgelam_fl.doctor.checks import check_server, superlink_version
 from edgelam_fl.federation.child import Child, end_all, log_tail
+from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.operator import Operator, operator_folder
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.model.source import ModelSource
@@ -400,7 +402,7 @@ def at(operator: Operator) -> list[str]:
     return ["--server", operator.server, "--operator", str(operator.folder)]
 
 
-def _client(folder: Path, server: str, name: str, *options: str, environment: dict[str, str] | None = None) -> Child:
+def _client(folder: Path, server: str, name: str, *options: str) -> Child:
     command = [
         EDGELAM,
         "client",
@@ -414,12 +416,21 @@ def _client(folder: Path, server: str, name: str, *options: str, environment: di
         "--threads",
         "1",
     ]
-    return Child(name, [*command, *options], folder / f"{name}.log", environment)
+    return Child(name, [*command, *options], folder / f"{name}.log")
 
 
-def _await_registration(node: Child, folder: Path) -> None:
+@dataclass
+class NewerNode(NodeProcesses):
+    """A node whose processes speak another version of the protocol."""
+
+    def _start_child(self, kind: str, command: Sequence[str], log: str) -> None:
+        python, option, *module = command
+        super()._start_child(kind, [python, option, "tests.integration.newer_version", *module], log)
+
+
+def _await_registration(name: str, node: Child, folder: Path) -> None:
     """Waits until the node can take part: its stage host listens, and its SuperNode has its number."""
-    endpoint, log = folder / node.name / "endpoint.json", folder / node.name / "supernode.log"
+    endpoint, log = folder / name / "endpoint.json", folder / name / "supernode.log"
     end = time.monotonic() + WAIT_S
     while not (endpoint.exists() and log.exists() and "SuperNode ID: " in log.read_text(encoding="utf-8")):
         assert not node.ended(), node.ended()
@@ -475,13 +486,12 @@ def test_nodes_that_cannot_take_part_fail_the_run_with_their_reasons(
     rows = "".join(json.dumps({"question": f"PRIVATE {n}?", "answer": f"PRIVATE {n}."}) + "\n" for n in range(4))
     (tmp_path / "PRIVATE.jsonl").write_text(rows)
     wrong_field = _client(tmp_path, superlink, "wrong-field", "--data", str(tmp_path / "PRIVATE.jsonl"))
-    # The stage host is a process of its own: the environment carries the other version there.
-    (tmp_path / "sitecustomize.py").write_text("import edgelam_fl.wire\nedgelam_fl.wire.PROTOCOL_VERSION = 99\n")
-    path = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    newer = _client(tmp_path, superlink, "newer", "--data", pairs_file(tmp_path, "more.jsonl"), environment=path)
+    more = Path(pairs_file(tmp_path, "more.jsonl"))
+    newer = NewerNode("newer", superlink, tmp_path / "newer", data=more, threads=1, forked=True)
     try:
-        for node in (wrong_field, newer):
-            _await_registration(node, tmp_path)
+        newer.start()
+        for name, host in (("wrong-field", wrong_field), ("newer", newer.children["stage host"])):
+            _await_registration(name, host, tmp_path)
         overrides = [
             f"model.name={tiny_folder}",
             "split.hosts=0",
@@ -492,7 +502,7 @@ def test_nodes_that_cannot_take_part_fail_the_run_with_their_reasons(
         sets = [word for override in overrides for word in ("--set", override)]
         done = process("run", run_file(tmp_path), *at(operator), *sets, cwd=tmp_path)
     finally:
-        end_all([wrong_field, newer])
+        end_all([wrong_field, *newer.children.values()])
     assert done.returncode == 4, done.stderr
     said = "wrong-field: its data cannot be used: missing-field at line 1; see stage-host.log on wrong-field"
     assert said in done.stderr
