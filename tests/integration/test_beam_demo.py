@@ -1,26 +1,23 @@
-"""`edgelam demo --task beamforming` as its user types it: real processes, its own channels, and its report."""
+"""`edgelam demo --task beamforming` with its user's words: real processes, its own channels, and its report."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from edgelam_fl.telemetry.events import RoundDone, of_kind, read_events
-from tests.support import WAIT_S
+from tests.integration.conftest import Edgelam
 
 SMALL = ("federation.rounds=1", "federation.local_steps=8", "data.held_out=0.1", "radio.beam_snrs_db=[0.0, 10.0]")
 
 
 @pytest.mark.processes
-def test_cells_learn_one_network_and_the_report_draws_their_sum_rates(tmp_path: Path) -> None:
+def test_cells_learn_one_network_and_the_report_draws_their_sum_rates(edgelam: Edgelam, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ["demo", "--task", "beamforming", "--devices", "2", "--out", str(run)]
-    command = [sys.executable, "-m", "edgelam_fl", *words, *(part for key in SMALL for part in ("--set", key))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False, cwd=tmp_path)
+    done = edgelam(*words, *(part for key in SMALL for part in ("--set", key)))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     assert (summary["state"], [device["name"] for device in summary["devices"]]) == ("done", ["cell-1", "cell-2"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
+import runpy
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,7 +22,6 @@ from edgelam_fl.simulation.fabric import Fabric
 from edgelam_fl.simulation.nodes_file import SimulatedNode, write_federation
 from edgelam_fl.wire.control import FABRIC_SEPARATOR, ControlServer
 from server.app import app as server_app
-from tests.support import WAIT_S
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(file.name for file in EXAMPLES.glob("*.toml"))
@@ -102,18 +101,18 @@ def test_each_trains(
 
 
 @pytest.mark.processes
-def test_the_program_follows_a_run(tiny: ModelSource, tmp_path: Path) -> None:
-    """It starts processes, so it is the slow one here: one device and one edge server."""
+def test_the_program_follows_a_run(
+    tiny: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, whose imports are done; it starts others, so it is the slow one here: one device and one edge server."""
     data = tmp_path / "ann.jsonl"
     data.write_text("".join(json.dumps({"question": f"q{n}", "answer": f"answer {n}"}) + "\n" for n in range(12)))
     program, folder = EXAMPLES / "run_and_follow.py", tmp_path / "run"
     small = [f"model.name={tiny.name}", "federation.rounds=1", "federation.local_steps=2", "data.held_out=0.2"]
-    done = subprocess.run(
-        [sys.executable, str(program), str(data), *small, f"run.out={folder}"],
-        capture_output=True, text=True, timeout=WAIT_S, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "ann joined with" in done.stdout
-    assert "ann: 2 steps, mean loss" in done.stdout
-    assert re.search(r"^ann: perplexity [0-9.]+ before, [0-9.]+ after$", done.stdout, re.MULTILINE)
-    assert done.stdout.splitlines()[-1] == f"adapter: {folder / 'adapter'}"
+    monkeypatch.setattr(sys, "argv", [str(program), str(data), *small, f"run.out={folder}"])
+    runpy.run_path(str(program), run_name="__main__")
+    said = capsys.readouterr().out
+    assert "ann joined with" in said
+    assert "ann: 2 steps, mean loss" in said
+    assert re.search(r"^ann: perplexity [0-9.]+ before, [0-9.]+ after$", said, re.MULTILINE)
+    assert said.splitlines()[-1] == f"adapter: {folder / 'adapter'}"

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +17,7 @@ from edgelam_fl.wireless.channels.paths import Paths
 from edgelam_fl.wireless.channels.store import kept
 from server.global_adapter import first_adapter
 from tests.fleet import check_done, joined, memory_fleet, same_bits
-from tests.support import WAIT_S
+from tests.integration.conftest import Edgelam
 
 RUN = [
     "task.kind=channel-prediction", "radio.series=8", "data.held_out=0.2", "federation.rounds=1", "federation.local_steps=2",
@@ -29,15 +26,12 @@ RUN = [
 
 
 @pytest.mark.processes
-def test_a_run_of_values_is_what_one_process_computes(tiny: ModelSource, tmp_path: Path) -> None:
+def test_a_run_of_values_is_what_one_process_computes(edgelam: Edgelam, tiny: ModelSource, tmp_path: Path) -> None:
     kept(Paths(10, seed=3), tmp_path)
     (links,) = tmp_path.glob("channels-*.safetensors")
     file = links.rename(tmp_path / "device-1.safetensors")  # its name is the device's, which decides what it draws
     sets = [word for key in [f"model.name={tiny.name}", *RUN] for word in ("--set", key)]
-    done = subprocess.run(
-        [sys.executable, "-m", "edgelam_fl", "run", "--data", str(file), "--out", "run", *sets],
-        cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=WAIT_S, check=False,
-    )  # fmt: skip
+    done = edgelam("run", "--data", str(file), "--out", "run", *sets)
     assert done.returncode == 0, done.stderr
     (device,) = read_summary(tmp_path / "run" / "summary.json").devices
     assert device.perplexity_before is None
