@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +41,7 @@ from edgelam_fl.trust.identity import load_identity, load_key
 _FIRST_IDLE_S, _IDLE_GROWTH = 0.1, 1.2  # so a pause lasts a sixth of the time without a message, up to Flower's
 _HEARTBEAT_S = 10  # the least that Flower's server allows; a heartbeat is sent after less than half of it
 _LONGEST_PAUSE_S = 2  # between two attempts to reach the server
+_FIRST_TENSOR_S, _LONGEST_TENSOR_S = 0.05, 1.0  # pauses until a message's tensors are asked for again
 _SHORTEST_IDLE_S = 1.0  # of Flower's two pauses the shorter one is for replies
 
 
@@ -62,6 +64,7 @@ def main() -> None:
     flower.time = Pauses(threads.replied)
     beat_often()
     be_back_soon()
+    await_tensors_briefly()
     flower._pull_and_store_message = and_late_replies(flower._pull_and_store_message, states.state())
     flower.start_client_internal(
         state_factory=states,
@@ -107,6 +110,14 @@ def be_back_soon() -> None:
 
     connection.make_simple_http_retry_invoker = impatient
     heartbeat.exponential = lambda max_delay: exponential(max_delay=_LONGEST_PAUSE_S)
+
+
+def await_tensors_briefly() -> None:
+    """Has Flower look soon again for a message's tensors that the server has not been given yet.
+
+    Flower hands a message out before its tensors are there, and its own pauses begin with a second, for which a whole round would wait.
+    """
+    flower.pull_objects = partial(flower.pull_objects, initial_backoff=_FIRST_TENSOR_S, backoff_cap=_LONGEST_TENSOR_S)
 
 
 def and_late_replies(pull: Callable[..., int | None], state: Any) -> Callable[..., int | None]:

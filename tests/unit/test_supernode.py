@@ -12,11 +12,12 @@ from itertools import pairwise
 import pytest
 from flwr.app.message import message
 from flwr.supercore import date, heartbeat
+from flwr.supercore.inflatable import inflatable_utils
 from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.supernode import fleet_http_connection as connection
 from flwr.supernode import start_client_internal as flower
 
-from edgelam_fl.federation.supernode import Pauses, beat_often, set_flowers_clock
+from edgelam_fl.federation.supernode import Pauses, await_tensors_briefly, beat_often, set_flowers_clock
 from edgelam_fl.machine import since_boot_s
 
 
@@ -63,6 +64,32 @@ def test_a_reply_that_is_there_ends_a_pause() -> None:
     pauses.sleep(0.99)
     assert not replied.is_set(), "the next pause waits for the next reply"
     assert not waits
+
+
+def test_tensors_that_are_on_their_way_are_asked_for_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = list[float]()
+
+    class Waits(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            if timeout is None:  # Python's own, for a thread to begin
+                return super().wait()
+            waits.append(timeout)
+            return False
+
+    monkeypatch.setattr(flower, "pull_objects", flower.pull_objects)  # to be put back
+    await_tensors_briefly()
+    monkeypatch.setattr(inflatable_utils.threading, "Event", Waits)
+    missing = iter(range(8))
+
+    def pull(object_id: str) -> bytes:
+        if next(missing, None) is not None:
+            raise inflatable_utils.ObjectUnavailableError(object_id)
+        return b"tensor"
+
+    assert flower.pull_objects(["it"], pull) == {"it": b"tensor"}
+    assert 0 < waits[0] <= 0.1
+    assert len(waits) == 8
+    assert 0.8 <= waits[-1] <= 1.2, "a server that stands still is not flooded"
 
 
 def test_heartbeats_are_sent_often_and_promised_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
