@@ -1,8 +1,8 @@
 """Run as a process of its own: a model's perplexity by transformers and peft alone, never importing edgelam_fl.
 
-Reads {model, tokenizer, adapters: {name: folder}, max_tokens, threads, pairs: {device: [[prompt, answer], ...]}} as JSON from
-stdin and writes {name: {device: perplexity}}, with "" as the name of the model alone; `model` is its folder, or a file of torch's with
-the whole model. Takes one example at a time, so that nothing is padded.
+Reads lines of JSON from stdin, {model, tokenizer, adapters: {name: folder}, max_tokens, threads, pairs: {device: [[prompt, answer], ...]}},
+and answers each with a line, {name: {device: perplexity}}, with "" as the name of the model alone; `model` is its folder, or a file of
+torch's with the whole model. Takes one example at a time, so that nothing is padded.
 """
 
 import copy
@@ -20,7 +20,11 @@ sys.modules["edgelam_fl"] = None  # whoever imports it now fails
 
 
 def main() -> None:
-    task = json.load(sys.stdin)
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), flush=True)
+
+
+def answer(task: dict[str, Any]) -> dict[str, dict[str, float]]:
     torch.set_num_threads(task["threads"])
     tokenizer = AutoTokenizer.from_pretrained(task["tokenizer"])
     is_folder = Path(task["model"]).is_dir()
@@ -37,7 +41,7 @@ def main() -> None:
     for name, adapter in task["adapters"].items():
         tuned = PeftModel.from_pretrained(copy.deepcopy(base), adapter)
         found[name] = {device: perplexity(tuned, own) for device, own in examples.items()}
-    json.dump(found, sys.stdout)
+    return found
 
 
 def tokens_of(tokenizer: Any, prompt: str, answer: str, max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
