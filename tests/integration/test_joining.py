@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import datetime
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from flwr.superlink.routers.fleet import node_auth
 from edgelam_fl.addresses import free_port
 from edgelam_fl.federation.child import Child, end_all, log_tail
 from edgelam_fl.federation.superlink_daemon import tolerate_drifting_clocks
+from tests.integration.conftest import Edgelam
 from tests.support import WAIT_S
 
 EDGELAM = str(Path(sys.executable).with_name("edgelam"))
@@ -44,10 +44,13 @@ def wait_for(done: Callable[[], bool], *children: Child) -> None:
 
 
 @pytest.mark.processes
-def test_one_pasted_line_joins_a_node_and_revoking_ends_it(tmp_path: Path, children: list[Child]) -> None:
-    def edgelam(*arguments: str) -> str:
-        command = [EDGELAM, *arguments, "--state", "server"]
-        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+def test_one_pasted_line_joins_a_node_and_revoking_ends_it(
+    tmp_path: Path, edgelam: Edgelam, children: list[Child]
+) -> None:
+    def at_the_server(*arguments: str) -> str:
+        done = edgelam(*arguments, "--state", "server")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def start(name: str, *arguments: str) -> Child:
         child = Child(name, ["env", "-C", str(tmp_path), EDGELAM, *arguments], tmp_path / f"{name}.log")
@@ -62,7 +65,7 @@ def test_one_pasted_line_joins_a_node_and_revoking_ends_it(tmp_path: Path, child
     said = server.log.read_text(encoding="utf-8")
     for line in ("edgelam invite NAME", "export FLWR_HOME=", 'flwr run . --run-config "federation.rounds=2"'):
         assert line in said
-    text = json.loads(edgelam("invite", "edge", "--role", "host", "--json"))["text"]
+    text = json.loads(at_the_server("invite", "edge", "--role", "host", "--json"))["text"]
     node = start("edge", "client", "--join", text, "--threads", "1")
     wait_for(says(tmp_path / "server" / "superlink.log", "Activated node_id"), server, node)
     assert "edge has joined the federation" in node.log.read_text(encoding="utf-8")
@@ -70,10 +73,10 @@ def test_one_pasted_line_joins_a_node_and_revoking_ends_it(tmp_path: Path, child
     wait_for((state / "events.jsonl").exists, server, node)
     files = [state, *(state / name for name in ("events.jsonl", "stage-host.log", "supernode.log"))]
     assert {file.name: file.stat().st_mode & 0o077 for file in files} == dict.fromkeys((f.name for f in files), 0)
-    (known,) = json.loads(edgelam("nodes", "--json"))
+    (known,) = json.loads(at_the_server("nodes", "--json"))
     assert (known["name"], known["role"], known["revoked"]) == ("edge", "host", None)
 
-    assert "edge is revoked" in edgelam("revoke", "edge")
+    assert "edge is revoked" in at_the_server("revoke", "edge")
     wait_for(lambda: bool(node.ended()), server)
     assert "the membership of edge was ended on the server" in log_tail(node.log, 3)
     without_a_word = start("again", "client")
