@@ -23,11 +23,13 @@ def _of_integration(*names: str) -> list[str]:
     return [f"tests/integration/test_{name}.py" for name in names]
 
 
-# What `make test` gives to one worker, because its tests share something that is slow to make: a federation, and the run that all
-# of the first group look at; stage hosts in processes of their own, and the template of such processes. Of benchmarks each test
-# is a unit; else each file is one.
+_BENCHMARKS = "tests/integration/test_benchmarks.py"
+_FORKING = ("classification", "commits", "compute", "lowrank", "memory", "pacing", "refusals", "scale", "slices")
+# What `make test` gives to one worker, because its tests share something that is slow to make: a federation, and the run that many
+# of its tests look at; the template from which processes are forked, and stage hosts in processes of their own. Of benchmarks
+# each test is a unit; else each file is one.
 _SHARED = {
-    "averaged": _of_integration(
+    "federation": _of_integration(
         "one_run",
         "privacy_tap",
         "strangers",
@@ -36,21 +38,28 @@ _SHARED = {
         "slices",
         "report_browser",
         "relay",
-        "resume",
+        "resume",  # restarts its server
+        "lost_device",
+        "two_runs",
+        "benchmark_links",
+        "chaos",
     ),
-    "federation": _of_integration("lost_device", "two_runs", "benchmark_links", "chaos"),
-    "stage hosts": [
+    "elsewhere": [  # a process of transformers and peft alone
+        *_of_integration("smollm2", "exported_kinds"),
+        f"{_BENCHMARKS}::test_smoke[lora_kinds]",
+    ],
+    "template": [
+        *_of_integration("commands", "beam_demo", "examples", "values_run", "no_foreign_code"),
+        *(f"{_BENCHMARKS}::test_smoke[{name}]" for name in _FORKING),
         "tests/parity/test_grpc_processes.py",
         "tests/parity/test_small_buffers.py",
         "tests/unit/test_template.py",
     ],
 }
-_EACH_TEST = ("tests/integration/test_benchmarks.py",)
 _FIRST = [
-    "tests/integration/test_smollm2.py",
-    *_SHARED["averaged"],
+    *_SHARED["elsewhere"],
     *_SHARED["federation"],
-    *_SHARED["stage hosts"],
+    *_SHARED["template"],
     "tests/integration/",
     "tests/parity/",
 ]
@@ -83,9 +92,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class BySharedParts(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            if file in _EACH_TEST:
-                return nodeid
-            return next((name for name, files in _SHARED.items() if file in files), file)
+            own = nodeid if file == _BENCHMARKS else file
+            return next((name for name, members in _SHARED.items() if own in members), own)
 
     config.option.loadscopereorder = False
     return BySharedParts(config, log)
