@@ -134,10 +134,10 @@ class Leaving:
 class Lab:
     """The texts of all settings, and the layers that were loaded so far."""
 
-    def __init__(self, source: ModelSource, sizes: Sizes) -> None:
+    def __init__(self, source: ModelSource, sizes: Sizes, search: Search = SEARCH) -> None:
         from transformers import AutoTokenizer
 
-        self.source, self.sizes = source, sizes
+        self.source, self.sizes, self._search = source, sizes, search
         tokenizer = AutoTokenizer.from_pretrained(source.folder)
         private, docs = private_texts(), other_docstrings()
         random.Random(0).shuffle(private)
@@ -217,10 +217,14 @@ class Lab:
         learned = inverter.train(public, self._embeddings_VD, seed, TRAINING)
         scale = learned.log_scale.exp().item()
         likely = replay.candidates(
-            learned.vectors(some), learned.directions_VD, scale, lambda part: logits_NV[part], most=SEARCH.widths[-1]
+            learned.vectors(some),
+            learned.directions_VD,
+            scale,
+            lambda part: logits_NV[part],
+            most=self._search.widths[-1],
         )
         openings_K = public.ids_N.unique()
-        reads = [replay.read(some, likely, self._front(leaving, one), openings_K, SEARCH) for one in has]
+        reads = [replay.read(some, likely, self._front(leaving, one), openings_K, self._search) for one in has]
         best_NG = best_tokens(learned.vectors(private), learned.directions_VD)
         return {
             RIDGE: share_read(ridge.read(public, private, self._embeddings_VD), private),

@@ -45,6 +45,7 @@ from benchmarks.leakage.defence_cells import (
 from benchmarks.leakage.defence_lab import Lab
 from benchmarks.leakage.defence_table import figures_of, picture, table
 from edgelam_fl.model.source import find_model
+from edgelam_fl.privacy.attacks.replay import Search
 from tests.support import write_tiny_llama
 
 KEPT = RESULTS / "leakage_defences.jsonl"
@@ -58,7 +59,7 @@ def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], l
     torch.set_num_threads(1)
     if smoke:
         with tempfile.TemporaryDirectory() as made:
-            lab = Lab(find_model(str(write_tiny_llama(Path(made) / "model"))), SMALL)
+            lab = Lab(find_model(str(write_tiny_llama(Path(made) / "model"))), SMALL, Search((8,)))
             rows = lab.rows(SMOKE, SEEDS[0])
     else:
         lab = Lab(find_model(MODEL), Sizes())
