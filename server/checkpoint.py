@@ -149,17 +149,15 @@ def flatten(value: Any, where: str) -> tuple[Any, list[np.ndarray]]:
     arrays: list[np.ndarray] = []
 
     def plain(item: Any, place: str) -> Any:
-        if type(item) in _PLAIN:  # first, as most are; not isinstance: numpy's float64 is a float
-            return item
         if isinstance(item, np.ndarray | np.generic) and item.dtype.name in DTYPES:
             arrays.append(np.asarray(item))
             return {_ARRAY if isinstance(item, np.ndarray) else _NUMBER: len(arrays) - 1}
         if item is None or isinstance(item, str | bool | int | float):
             return item
         if isinstance(item, Mapping) and all(isinstance(key, str) and key not in (_ARRAY, _NUMBER) for key in item):
-            return {key: plain(of, f"{place}[{key!r}]") for key, of in item.items()}
+            return {key: of if type(of) in _PLAIN else plain(of, f"{place}[{key!r}]") for key, of in item.items()}
         if isinstance(item, list | tuple):
-            return [plain(of, f"{place}[{number}]") for number, of in enumerate(item)]
+            return [of if type(of) in _PLAIN else plain(of, f"{place}[{number}]") for number, of in enumerate(item)]
         raise ConfigError(
             f"{place} is a {type(item).__name__}, which a checkpoint cannot hold. Allowed: None, bool, int, float, str, numpy "
             f"arrays and numbers, lists, and dicts with str keys"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from random import Random, SystemRandom
 from typing import Any
@@ -78,7 +78,7 @@ class Schedule:
 
     def state(self) -> dict[str, Any]:
         """Returns what the rounds so far have taught about the devices, as plain data; without what the strategies remember."""
-        measured = {name: {**asdict(facts), "tags": sorted(facts.tags)} for name, facts in self._measured.items()}
+        measured = {name: {**vars(facts), "tags": sorted(facts.tags)} for name, facts in self._measured.items()}
         return {"measured": measured, "virtual": self.virtual.state() if self.virtual else {}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -216,7 +216,7 @@ class Schedule:
             facts = measured(name, number, replies[name].report, of_values=self.spec.values is not None)
             share_bps = plans[name].routes[0].share_bps or math.inf
             held_up = facts.rate_bps is not None and facts.rate_bps < _BELOW_SHARE * share_bps
-            self._measured[name] = replace(facts, limit_bps=facts.rate_bps if held_up else None)
+            self._measured[name] = replace(facts, limit_bps=facts.rate_bps) if held_up else facts
             if virtual:
                 self._measured[name] = _in_virtual_time(facts, virtual.devices[name])
         devices = [self._measured[name] for name in delivered]
