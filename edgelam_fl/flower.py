@@ -51,7 +51,7 @@ def from_record(record: ArrayRecord) -> adapters.Adapter:
     return adapters.from_bytes(data) if data else {}
 
 
-def views(record: ArrayRecord) -> adapters.Adapter:
+def views(record: ArrayRecord) -> Mapping[str, np.ndarray]:
     """Reads an adapter as read-only views of the record's own bytes, so that they are not in memory twice. Raises as `from_record`."""
     data = packed_bytes(record)
     return adapters.views(data) if data else {}

@@ -47,7 +47,7 @@ class Reply:
 
     stored: pb.JobReport | bytes
     """Bytes: packed, at a tenth of the size, and unpacked whenever the report is read."""
-    tensors: tuple[Adapter, ...] = ()
+    tensors: tuple[Mapping[str, np.ndarray], ...] = ()
     dropped_bytes: tuple[int, ...] = ()
     """The size of each contribution's tensors, if they were dropped."""
 
@@ -76,7 +76,7 @@ class Reported(Arrived):
     report: pb.JobReport
 
 
-def _size_bytes(tensors: Adapter) -> int:
+def _size_bytes(tensors: Mapping[str, np.ndarray]) -> int:
     return tensors.numbers.nbytes if isinstance(tensors, Joined) else sum(array.nbytes for array in tensors.values())
 
 
@@ -166,7 +166,9 @@ def _most_lr(plan: pb.Plan, part: pb.Contribution) -> float:
 
 
 @QUIET
-def _wrong_tensor(tensors: Adapter, expected: Mapping[str, tuple[int, ...]], judge: UpdateJudge | None) -> str:
+def _wrong_tensor(
+    tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], judge: UpdateJudge | None
+) -> str:
     """Returns what is wrong with the first bad tensor; empty: all are as expected, by their shapes."""
     are_bounded = False
     if isinstance(tensors, Joined):

@@ -16,7 +16,7 @@ import math
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -81,7 +81,7 @@ def joined_digest(digests: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(digests[name] for name in sorted(digests)).encode()).hexdigest()
 
 
-def to_bytes(adapter: Adapter) -> bytes:
+def to_bytes(adapter: Mapping[str, np.ndarray]) -> bytes:
     """Writes an adapter in the format of safetensors."""
     return save({name: np.ascontiguousarray(array) for name, array in adapter.items()})
 
@@ -94,23 +94,41 @@ def from_bytes(data: bytes) -> Adapter:
         raise ProtocolError(f"adapter tensors cannot be read: {error}") from error
 
 
-class Joined(dict[str, np.ndarray]):
+class Joined(Mapping[str, np.ndarray]):
     """An adapter whose fp32 numbers lie one behind the other in `numbers`, in the order of the tensors.
 
-    What is done to each number alike is done to all of them at once, which takes half the time of tensor by tensor.
+    What is done to each number alike is done to all of them at once, which takes half the time of tensor by tensor. So its tensors,
+    which are views of the numbers, are made when the first one is asked for.
     """
 
     def __init__(self, numbers: np.ndarray, layout: JoinedLayout) -> None:
         """`numbers`: as many as the tensors of the layout have together."""
-        super().__init__()
         self.numbers, self.layout = numbers, layout
         self.moved: tuple[np.ndarray, float] | None = None
         """What they were compared with, and the sum of squares of the differences; None: with nothing yet."""
-        at = 0
-        for name, shape in layout:
-            end = at + math.prod(shape)
-            self[name] = numbers[at:end].reshape(shape)
-            at = end
+
+    @cached_property
+    def _tensors(self) -> Adapter:
+        return _cut(self.numbers, self.layout)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self.layout)
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+
+def _cut(numbers: np.ndarray, layout: JoinedLayout) -> Adapter:
+    """Returns the tensors of a layout as views of their numbers."""
+    found, at = Adapter(), 0
+    for name, shape in layout:
+        end = at + math.prod(shape)
+        found[name] = numbers[at:end].reshape(shape)
+        at = end
+    return found
 
 
 BLOCK = 8192
@@ -124,7 +142,7 @@ def blocks(count: int, size: int = BLOCK) -> Iterator[slice]:
     return (slice(at, at + size) for at in range(0, count, size))
 
 
-def views(data: bytes) -> Adapter:
+def views(data: bytes) -> Mapping[str, np.ndarray]:
     """Reads what `to_bytes` wrote as read-only views of the bytes, `Joined` if all tensors are fp32. Raises ProtocolError for other bytes."""
     try:
         size = int.from_bytes(data[:8], "little")
@@ -155,6 +173,7 @@ def _layout(header: bytes, size_bytes: int) -> JoinedLayout:
         end = after
     if end != size_bytes:
         raise ValueError("numbers of no tensor")
+    _cut(np.empty(size_bytes // 4, np.float32), tuple(layout))  # raises for a shape that no array has
     return tuple(layout)
 
 

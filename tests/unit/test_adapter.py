@@ -116,6 +116,7 @@ def packed(header: Any, numbers: int) -> bytes:
         packed({"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, 2),
         packed({n: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for n in "xy"}, 1),
         packed({"x": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}, 2),
+        packed({"x": {"dtype": "F32", "shape": [0, 1 << 70], "data_offsets": [0, 0]}}, 0),
         packed({"x": []}, 0), packed([], 0),
     ],
 )  # fmt: skip
