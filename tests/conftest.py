@@ -24,10 +24,15 @@ def _of_integration(*names: str) -> list[str]:
 
 
 _BENCHMARKS = "tests/integration/test_benchmarks.py"
-_FORKING = ("classification", "commits", "compute", "lowrank", "memory", "pacing", "refusals", "scale", "slices")
-# What `make test` gives to one worker, because its tests share something that is slow to make: a federation, and the run that many
-# of its tests look at; the template from which processes are forked, and stage hosts in processes of their own. Of benchmarks
-# each test is a unit; else each file is one.
+
+
+def _smokes(*names: str) -> list[str]:
+    return [f"{_BENCHMARKS}::test_smoke[{name}]" for name in names]
+
+
+# What `make test` gives to one worker, because its tests share something that is slow to make: a process of transformers and peft
+# alone; a federation, and the run that many of its tests look at; the template from which processes are forked, for whole runs of
+# this machine and for stage hosts. Of benchmarks each test is a unit; else each file is one.
 _SHARED = {
     "federation": _of_integration(
         "one_run",
@@ -46,20 +51,27 @@ _SHARED = {
     ),
     "elsewhere": [  # a process of transformers and peft alone
         *_of_integration("smollm2", "exported_kinds"),
-        f"{_BENCHMARKS}::test_smoke[lora_kinds]",
+        *_smokes("lora_kinds"),
     ],
-    "template": [
+    "runs": [
         *_of_integration("commands", "beam_demo", "examples", "values_run", "no_foreign_code"),
-        *(f"{_BENCHMARKS}::test_smoke[{name}]" for name in _FORKING),
+        *_smokes("classification", "lowrank", "slices"),
+    ],
+    "stage hosts": [
         "tests/parity/test_grpc_processes.py",
         "tests/parity/test_small_buffers.py",
         "tests/unit/test_template.py",
+        *_smokes(
+            "commits", "compute", "encryption", "exactness", "flapping", "floods", "fuzz", "memory", "paced", "pacing",
+            "refusals", "scale", "side_by_side", "soak",
+        ),
     ],
-}
+}  # fmt: skip
 _FIRST = [
     *_SHARED["elsewhere"],
     *_SHARED["federation"],
-    *_SHARED["template"],
+    *_SHARED["runs"],
+    *_SHARED["stage hosts"],
     "tests/integration/",
     "tests/parity/",
 ]
