@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from edgelam_fl.bench.matrix import read_matrix
 from edgelam_fl.bench.runner import Results, outcome
-from tests.support import WAIT_S
+from tests.integration.conftest import Edgelam
 
 pytestmark = [pytest.mark.processes, pytest.mark.real_model]
 
@@ -46,7 +44,7 @@ bandwidth_hz = 1e5
 """
 
 
-def test_a_matrix_goes_on_behind_its_finished_cells(tmp_path: Path) -> None:
+def test_a_matrix_goes_on_behind_its_finished_cells(edgelam: Edgelam, tmp_path: Path) -> None:
     file, out = tmp_path / "two.toml", tmp_path / "out"
     file.write_text(MATRIX, encoding="utf-8")
     matrix = read_matrix(file)
@@ -60,8 +58,7 @@ def test_a_matrix_goes_on_behind_its_finished_cells(tmp_path: Path) -> None:
     for line in before:  # as a command that was interrupted after them would have left it
         Results(out, matrix).add(line)
 
-    command = [str(Path(sys.executable).with_name("edgelam")), "bench", str(file), "--out", str(out), "--jobs", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    done = edgelam("bench", str(file), "--out", str(out), "--jobs", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 of 4 cells are finished" in done.stdout + done.stderr
     *kept, trained, replayed = [json.loads(line) for line in (out / "cells.jsonl").read_text("utf-8").splitlines()]
