@@ -96,10 +96,10 @@ def make_plans(
     holders of a layer would train different ranks and the aggregation does not accept that.
     """
     routes = _routes(spec.config, facts, layout, shares, tokens)
-    plans: dict[str, pb.Plan] = {}
+    common, plans = _common(spec, facts), dict[str, pb.Plan]()
     for site in layout.sites:
         for host in site.hosts:
-            plans[host.name] = _plan(spec, facts, profiles[host.name])
+            plans[host.name] = _plan(common, spec, facts, profiles[host.name])
             _set_hosted(plans[host.name], spec.config, host, site, routes)
             if facts.privacy is not None:
                 _set_private_steps(plans[host.name], spec.config, facts.privacy, host, site)
@@ -109,7 +109,7 @@ def make_plans(
                 plans[host.name].kept_token = make_token(facts.relay_key, LEAVE, part, host.name)
     for name, route in routes.items():
         if name not in plans:
-            plans[name] = _plan(spec, facts, profiles[name])
+            plans[name] = _plan(common, spec, facts, profiles[name])
         plans[name].routes.append(route)
         _set_batches(plans[name], spec.config, facts, profiles[name].examples)
         if facts.privacy is not None:
@@ -233,8 +233,19 @@ def _dialled(route: pb.Route) -> list[tuple[str, str]]:
     return [*pairwise([route.device, *hosts]), (route.device, hosts[-1])]
 
 
-def _plan(spec: RunSpec, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
-    """Makes what a plan says to any node, without routes and hosted layers."""
+def _plan(common: pb.Plan, spec: RunSpec, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
+    """Makes a node's plan, without routes and hosted layers. `common`: what all plans of the round say."""
+    plan = pb.Plan()
+    plan.CopyFrom(common)
+    plan.node, plan.role = profile.name, profile.role
+    plan.lora.CopyFrom(_lora(spec.config, profile.name, facts.settings))
+    if profile.role == pb.DEVICE and (cut := _cut(spec.config.privacy)) is not None:
+        plan.cut.CopyFrom(cut)
+    return plan
+
+
+def _common(spec: RunSpec, facts: RoundFacts) -> pb.Plan:
+    """Makes what the plans of a round say to all nodes."""
     config, source = spec.config, spec.source
     federation, split = config.federation, config.split
     return pb.Plan(
@@ -242,8 +253,6 @@ def _plan(spec: RunSpec, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
         round=facts.round,
         attempt=facts.attempt,
         alone=facts.alone,
-        node=profile.name,
-        role=profile.role,
         model=pb.ModelRef(
             name=config.model.name,
             digest=source.digest,
@@ -252,7 +261,6 @@ def _plan(spec: RunSpec, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
             weights_digest=source.weights_digest,
             own_dropout=config.model.dropout == "own",
         ),
-        lora=_lora(config, profile.name, facts.settings),
         optimizer=_optimizer(config, facts),
         task=task_settings(config),
         host_mode=split.host_mode,
@@ -278,7 +286,6 @@ def _plan(spec: RunSpec, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
         slices_token=facts.slices_token,
         first_step=facts.first_step,
         resume_attempt=facts.resume_attempt,
-        cut=_cut(config.privacy) if profile.role == pb.DEVICE else None,
         front_cache_bytes=config.wire.front_cache_mb * 10**6,
         lowrank=pb.LowRank(layer=spec.cut.layer, rank=spec.cut.rank) if spec.cut else None,
         activation_codec=config.wire.activation_codec,
