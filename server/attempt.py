@@ -31,6 +31,7 @@ _LEAST_BEGIN_S = 8.0  # until a node that has got its message attends
 _LEAST_BYTES_S = 1.25e6  # of a message on its way to a node
 _MOST_RESENT = 2  # of one message
 MOST_KEPT = 8  # snapshots that a node may report
+_STANDSTILL_S = 3.0  # between two looks, more than is meant: this process was frozen, or had other work
 _SAY_S = 10.0  # between two signs of life while a silent node is waited for
 
 
@@ -177,7 +178,7 @@ class Attempt:
         self._nodes = {name: _Node(now) for name in planned.plans}
         self._out: dict[str, str] = {}  # why nodes are out of the attempt, as all hear it
         self._out_since: dict[str, float] = {}
-        self._next_look_s = now
+        self._next_look_s = self._looked_s = now
         self._needed: dict[str, Parcel] = {}  # what is to be sent to nodes that have asked for tensors
         self.supplied_bytes: dict[str, int] = {}
         """By node that has asked for tensors, which each may do once: their size."""
@@ -240,7 +241,10 @@ class Attempt:
         now = self._timing.now()
         if now < self._next_look_s or not self._attendance.works:
             return
-        self._next_look_s = now + self._timing.look_s
+        if (late_s := now - self._looked_s - self._timing.look_s) >= _STANDSTILL_S:
+            for node in self._nodes.values():
+                node.sent_s += late_s  # no message went out meanwhile, and no sign of life came in
+        self._next_look_s, self._looked_s = now + self._timing.look_s, now
         seen = self._attendance.look(self._job, "", self._out)
         for name, node in self._nodes.items():
             if name in seen:
@@ -377,11 +381,11 @@ class Attempt:
         return node.state == "done" and over_s >= _LEAST_BEGIN_S * 2**node.resent
 
     def _is_late(self, name: str) -> bool:
-        """Returns whether a node that does not attend has had the time for it, which is twice as long for the last message."""
+        """Returns whether a node that did not attend at the last look had had the time for it: for the last message, twice as long."""
         node = self._nodes[name]
         sending_s = self.planned.parcels[name].size_bytes / _LEAST_BYTES_S
         patience_s = self._beginnings.patience_s(name, self._timing.resend_s) + sending_s
-        return self._timing.now() - node.sent_s >= patience_s * (2 if node.resent == _MOST_RESENT else 1)
+        return self._looked_s - node.sent_s >= patience_s * (2 if node.resent == _MOST_RESENT else 1)
 
     def _resent(self, name: str, peer: Unanswered) -> Request:
         node, facts, now = self._nodes[name], self.planned.facts, self._timing.now()

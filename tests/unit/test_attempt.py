@@ -295,6 +295,29 @@ def test_a_known_node_that_takes_no_message_is_lost_after_seconds(attended: Make
     assert run.clock.now_s < 45
 
 
+def test_a_standstill_of_the_server_is_no_slow_beginning_of_its_nodes(attended: MakeAttended) -> None:
+    run, attendance = attended("ab", "e", "federation.rounds=2")
+    frozen: list[float] = []
+
+    def stands_still() -> bool:
+        if len(run.events("plan")) == 2 and not frozen:
+            run.clock.now_s += 30
+            frozen.append(run.clock.now_s)
+        return False
+
+    def is_on_its_way() -> bool:
+        return len(run.events("plan")) == 2 and (not frozen or run.clock.now_s < frozen[0] + 4)
+
+    attendance.away = stands_still
+    attendance.says["b"] = lambda attempt: None if is_on_its_way() else seen()
+    for name in "be":
+        run.nodes[name].loses = lambda plan: plan is not None and plan.steps > 0 and is_on_its_way()
+    assert moves(run.run(), run.start)[0] == 2
+    assert lost(run) == []
+    assert frozen
+    assert run.events("message_resent") == []
+
+
 @pytest.mark.parametrize("wait", ["block", "park"])
 def test_a_node_that_asks_for_tensors_is_sent_them_within_the_attempt(federation: MakeFederation, wait: str) -> None:
     """Device b has lost what it held, which the server cannot know."""
