@@ -31,7 +31,6 @@ from typing import Any
 
 import uvicorn
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
-from flwr.app import Message
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, TIMESTAMP_HEADER
 from flwr.proto.control_pb2 import StartRunRequest
@@ -61,6 +60,7 @@ from edgelam_fl.bounds import bounds_of
 from edgelam_fl.config import nearest_key
 from edgelam_fl.federation.app_archive import app_alone, archive_digest, run_config_keys
 from edgelam_fl.federation.guard import Guard, Handler
+from edgelam_fl.federation.lost_messages import give_up_lost_messages, give_up_lost_replies
 from edgelam_fl.federation.operator import read_token
 from edgelam_fl.federation.run_service import RunService
 from edgelam_fl.federation.run_tasks import RunTask, RunTasks, start_task, unpack_app
@@ -96,6 +96,7 @@ def main() -> None:
     look_for_dead_tasks_seldom(links)
     if not options.simulation:
         give_up_lost_messages(links)
+        give_up_lost_replies(links)
     threading.Thread(target=keep_nodes_over_standstills, args=(links,), name="standstills", daemon=True).start()
     guard = Guard(
         flower=app,
@@ -279,35 +280,6 @@ def look_for_dead_tasks_seldom(links: Any, now: Callable[[], float] = time.monot
             look()
 
     links._cleanup_expired_task_tokens = look_seldom
-
-
-def give_up_lost_messages(links: Any) -> None:
-    """Has a message count as lost once its node asks for another one without having answered it.
-
-    A SuperNode takes one message at a time and asks for the next after its answer. If it asks before, its process was started
-    again, or the answer to its last request was lost on the way. Whoever sent the message hears of that at the next look, and
-    sends another; Flower would keep silent for as long as the node is here.
-    """
-    take, store, forget = links.get_message_ins, links.store_message_res, links.delete_messages
-    unanswered: dict[int, set[str]] = {}  # ids of the newest messages that a node was given, by the node's number
-
-    def take_next(node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Message]:
-        lost = unanswered.pop(node_id, None) if run_id is None else None  # a node asks for the messages of all runs
-        if lost:
-            forget(lost)
-            for message_id in lost:
-                links.object_store.delete(message_id)  # its content, unless the node has taken all of it
-        found: list[Message] = take(node_id, limit, run_id=run_id)
-        if found and run_id is None:
-            unanswered[node_id] = {message.metadata.message_id for message in found}
-        return found
-
-    def store_answer(message: Message) -> str | None:
-        unanswered.get(message.metadata.src_node_id, set()).discard(message.metadata.reply_to_message_id)
-        stored: str | None = store(message)
-        return stored
-
-    links.get_message_ins, links.store_message_res = take_next, store_answer
 
 
 def keep_nodes_over_standstills(

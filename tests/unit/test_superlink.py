@@ -11,12 +11,10 @@ from unittest.mock import Mock
 
 import httpx
 import pytest
-from flwr.common.constant import ErrorCode
 from flwr.server.superlink.linkstate import in_memory_linkstate, sql_linkstate
-from flwr.server.superlink.linkstate.utils import verify_message_ids
 from flwr.supercore import sql_mixin
 from flwr.supercore.error.http import http_error_translator
-from flwr.supercore.object_store import ObjectStore, ObjectStoreFactory
+from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.retry.http_retry import _RETRYABLE_STATUS_CODES
 from sqlalchemy.exc import OperationalError
 from starlette.applications import Starlette
@@ -29,7 +27,6 @@ from starlette.routing import Route
 from edgelam_fl.federation.superlink_daemon import (
     HEARTBEATS_MISSED,
     ask_again,
-    give_up_lost_messages,
     judge_heartbeats,
     keep_nodes_over_standstills,
     look_for_dead_tasks_seldom,
@@ -142,52 +139,3 @@ def open_files(folder: Path) -> list[str]:
         with suppress(FileNotFoundError):  # the listing itself
             found.append(file.readlink())
     return sorted(target.name for target in found if target.parent == folder)
-
-
-class Messages:
-    """Flower's messages to nodes, as far as they are given out, answered and forgotten."""
-
-    def __init__(self, **waiting: int) -> None:
-        self.waiting, self.forgotten = waiting, list[str]()
-        self.object_store = Mock(spec=ObjectStore)
-
-    def get_message_ins(self, node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Any]:
-        name = next((name for name, node in self.waiting.items() if node == node_id), None)
-        if name is None:
-            return []
-        del self.waiting[name]
-        return [SimpleNamespace(metadata=SimpleNamespace(message_id=name))]
-
-    def store_message_res(self, message: Any) -> str | None:
-        return "an id"
-
-    def delete_messages(self, message_ins_ids: set[str]) -> None:
-        self.forgotten += sorted(message_ins_ids)
-
-
-def reply(node: int, to: str) -> Any:
-    return SimpleNamespace(metadata=SimpleNamespace(src_node_id=node, reply_to_message_id=to))
-
-
-def test_a_message_is_lost_once_its_node_asks_for_another_without_an_answer() -> None:
-    links = Messages(first=1, second=1, other=2)
-    give_up_lost_messages(links)
-    links.get_message_ins(2, 1)
-    links.get_message_ins(1, 1)
-    links.get_message_ins(7, None, run_id=5)  # as a ServerApp asks
-    assert links.forgotten == []
-    links.get_message_ins(1, 1)
-    assert links.forgotten == ["first"]
-    links.object_store.delete.assert_called_once_with("first")
-    links.store_message_res(reply(1, "second"))
-    links.get_message_ins(1, 1)
-    links.get_message_ins(1, 1)
-    assert links.forgotten == ["first"]
-
-
-@pytest.mark.parametrize("state", [in_memory_linkstate.InMemoryLinkState, sql_linkstate.SqlLinkState])
-def test_flower_tells_the_sender_of_a_message_that_was_forgotten(state: Any) -> None:
-    """As for one that it never had, which the run's process takes for lost (`server.exchange`)."""
-    assert {"get_message_ins", "store_message_res", "delete_messages"} <= set(dir(state))
-    told = verify_message_ids({"forgotten"}, {}, 5, 0.0)
-    assert [message.error.code for message in told.values()] == [ErrorCode.MESSAGE_UNAVAILABLE]
