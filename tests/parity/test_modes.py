@@ -29,9 +29,7 @@ from tests.fleet import averaged, check_done, device_batches, memory_fleet, rela
 from tests.parity.reference import Reference
 from tests.support import run_config
 
-STEPS = 5  # each device begins its data for the second time
-FEW = 4  # more than optimizers need until their moments count
-OF_BASE = {"fp32": STEPS, "bf16": FEW}  # the CPU computes bf16 slowly
+STEPS = 4  # each device begins its data for the second time, and optimizers' moments count
 Reports = dict[str, pb.JobReport]
 
 
@@ -91,7 +89,7 @@ def undisturbed(tiny: ModelSource, data_files: list[Path]) -> Callable[[str, int
 
     @cache
     def played(mode: str, hosts: int, base: str) -> Reports:
-        return run_rounds(tiny, shared_front(tiny, mode, hosts, base), data_files, steps=OF_BASE[base])[0]
+        return run_rounds(tiny, shared_front(tiny, mode, hosts, base), data_files)[0]
 
     return played
 
@@ -110,8 +108,7 @@ def shared_middle(tiny: ModelSource, data_files: list[Path]) -> Callable[[str, s
         config = shared_front(tiny, mode, 1, base)
         kept = dict.fromkeys(["device-1", "device-2", "device-3"], (1, 4))
         reference = Reference(tiny, config, start_of(tiny, config), kept)
-        steps = OF_BASE[base]
-        getattr(reference, mode)(batches_of(tiny, config, data_files, steps), steps)
+        getattr(reference, mode)(batches_of(tiny, config, data_files, STEPS), STEPS)
         return reference
 
     return trained
@@ -188,22 +185,22 @@ def test_devices_with_unlike_cuts_share_the_layers_that_their_routes_cross(
         tiny.name, f"split.host_mode={mode}", "split.fronts={ device-1 = 1, device-2 = 4 }", "split.back=1",
         "split.backs={ device-3 = 0 }",
     )  # fmt: skip
-    reports, _ = run_rounds(tiny, config, data_files, steps=FEW)
+    reports, _ = run_rounds(tiny, config, data_files)
     kept = {"device-1": (1, 5), "device-2": (4, 5), "device-3": (2, 6)}
     reference = Reference(tiny, config, start_of(tiny, config), kept)
-    getattr(reference, mode)(batches_of(tiny, config, data_files, FEW), FEW)
+    getattr(reference, mode)(batches_of(tiny, config, data_files, STEPS), STEPS)
     assert_same_as(reports, reference)
 
 
 def test_unlike_cuts_are_averaged_per_module_by_its_own_sources(tiny: ModelSource, data_files: list[Path]) -> None:
     config = run_config(tiny.name, "split.fronts={ device-1 = 1, device-2 = 4 }", "split.back=1")
-    reports, adapter = run_rounds(tiny, config, data_files[:2], steps=FEW)
+    reports, adapter = run_rounds(tiny, config, data_files[:2])
     ends, (site,) = by_source(reports, "ends"), by_source(reports, "site").values()
     name = "base_model.model.model.layers.3.self_attn.q_proj.lora_B.weight"
     assert (name in ends["device-1"], name in ends["device-2"], name in site) == (False, True, True)
     labels = {
         device: sum(unit.count for step in steps for unit in step)
-        for device, steps in batches_of(tiny, config, data_files[:2], FEW).items()
+        for device, steps in batches_of(tiny, config, data_files[:2], STEPS).items()
     }
     expected = (ends["device-2"][name] * labels["device-2"] + site[name] * labels["device-1"]) / sum(labels.values())
     np.testing.assert_allclose(adapter[name], expected, rtol=1e-5, atol=1e-9)
@@ -244,13 +241,13 @@ def test_copies_averaged_are_unsplit_federated_lora(tiny: ModelSource, data_file
 def test_sites_train_apart_and_are_averaged(tiny: ModelSource, data_files: list[Path]) -> None:
     """device-1 and device-3 at the first site, device-2 at the second: each site is a run of its own."""
     config = run_config(tiny.name, "split.sites=2")
-    reports, adapter = run_rounds(tiny, config, data_files, steps=FEW)
+    reports, adapter = run_rounds(tiny, config, data_files)
     sites = by_source(reports, "site")
     assert set(sites) == {"edge-1", "edge-2"}
-    batches = batches_of(tiny, config, data_files, FEW)
+    batches = batches_of(tiny, config, data_files, STEPS)
     for site, members in (("edge-1", ["device-1", "device-3"]), ("edge-2", ["device-2"])):
         reference = Reference(tiny, config, start_of(tiny, config), dict.fromkeys(members, (2, 4)))
-        reference.joint(batches, FEW)
+        reference.joint(batches, STEPS)
         assert same_bits(sites[site], reference.site_adapter())
     weights = {c.source: c.weight for r in reports.values() for c in r.contributions if c.scope == "site"}
     for name, array in sites["edge-1"].items():
@@ -262,12 +259,12 @@ def test_sites_train_apart_and_are_averaged(tiny: ModelSource, data_files: list[
 def test_devices_that_each_host_a_slice_train_the_same(tiny: ModelSource, data_files: list[Path], mode: str) -> None:
     """No edge server: device-1 hosts layer 2, device-2 layer 3, and both train over their own and each other's."""
     config = run_config(tiny.name, f"split.host_mode={mode}", "split.host_on=any", "split.hosts=2")
-    reports, _ = run_rounds(tiny, config, data_files, steps=FEW)
+    reports, _ = run_rounds(tiny, config, data_files)
     assert [reports[f"device-{n}"].host.first_layer for n in (1, 2)] == [2, 3]
     reference = Reference(
         tiny, config, start_of(tiny, config), dict.fromkeys(["device-1", "device-2", "device-3"], (2, 4))
     )
-    getattr(reference, mode)(batches_of(tiny, config, data_files, FEW), FEW)
+    getattr(reference, mode)(batches_of(tiny, config, data_files, STEPS), STEPS)
     assert_same_as(reports, reference)
 
 
@@ -279,9 +276,9 @@ def unsplit(tiny: ModelSource, data_files: list[Path]) -> Callable[[str, int, bo
     def trained(mode: str, devices: int, split: bool, most: float) -> Adapter:
         clip = ("optimizer.clip=global", f"optimizer.max_norm={most}") if most else ()
         config = run_config(tiny.name, f"split.hosts={int(split)}", f"split.host_mode={mode}", "split.front=1", *clip)
-        batches = batches_of(tiny, config, data_files[:devices], FEW)
+        batches = batches_of(tiny, config, data_files[:devices], STEPS)
         made = Reference(tiny, config, start_of(tiny, config), dict.fromkeys(batches, (1, 4) if split else (0, 6)))
-        getattr(made, mode)(batches, FEW)
+        getattr(made, mode)(batches, STEPS)
         return {**made.own_adapter("device-1"), **made.site_adapter()}
 
     return trained
@@ -301,7 +298,7 @@ def test_a_global_norm_is_clipped_over_all_stages(
         tiny.name, f"split.hosts={hosts}", f"split.host_mode={mode}", "split.front=1", "optimizer.clip=global",
         "optimizer.max_norm=0.05",
     )  # fmt: skip
-    reports, _ = run_rounds(tiny, config, data_files[:devices], steps=FEW)
+    reports, _ = run_rounds(tiny, config, data_files[:devices])
     start = start_of(tiny, config)
     ends, sites = by_source(reports, "ends"), by_source(reports, "site")
     got = {**ends["device-1"], **next(iter(sites.values()), {})}
@@ -312,7 +309,7 @@ def test_a_global_norm_is_clipped_over_all_stages(
 @pytest.fixture(scope="module")
 def alone(tiny: ModelSource, data_files: list[Path]) -> Adapter:
     """Trains one device that holds the whole model."""
-    return run_rounds(tiny, run_config(tiny.name, "split.hosts=0"), data_files[:1], steps=FEW)[1]
+    return run_rounds(tiny, run_config(tiny.name, "split.hosts=0"), data_files[:1])[1]
 
 
 @pytest.mark.parametrize(
@@ -325,8 +322,8 @@ def test_dropout_and_checkpointing_do_not_depend_on_the_split(
 ) -> None:
     whole = run_config(tiny.name, "split.hosts=0", *settings)
     split = run_config(tiny.name, "split.hosts=2", *settings)
-    _, expected = run_rounds(tiny, whole, data_files[:1], steps=FEW)
-    _, got = run_rounds(tiny, split, data_files[:1], steps=FEW)
+    _, expected = run_rounds(tiny, whole, data_files[:1])
+    _, got = run_rounds(tiny, split, data_files[:1])
     assert same_bits(got, expected)
     assert same_bits(expected, alone) == ("lora.dropout=0.2" not in settings)
 
@@ -353,8 +350,8 @@ def test_a_last_stage_that_sees_the_labels_trains_the_same(
     """SplitLoRA's route: the head on the last host. The same numbers as with the head, and no LoRA, on the device."""
     settings = ["split.hosts=2", "split.back=0", f"split.host_mode={mode}"]
     last_stage = run_config(tiny.name, "split.labels=last-stage", *settings)
-    with_labels, adapter = run_rounds(tiny, last_stage, data_files, steps=FEW)
-    own, expected = run_rounds(tiny, run_config(tiny.name, *settings), data_files, steps=FEW)
+    with_labels, adapter = run_rounds(tiny, last_stage, data_files)
+    own, expected = run_rounds(tiny, run_config(tiny.name, *settings), data_files)
     assert same_bits(adapter, expected)
     for name in ("device-1", "device-2", "device-3"):
         assert with_labels[name].eval_loss_sum == own[name].eval_loss_sum
@@ -377,9 +374,9 @@ def test_a_device_with_fewer_batches_sits_out_the_rest_of_an_epoch(tiny: ModelSo
 
 
 def test_a_learning_rate_of_its_own_for_each_step(tiny: ModelSource, data_files: list[Path]) -> None:
-    settings = ["optimizer.schedule=linear", "federation.rounds=1", f"federation.local_steps={FEW}"]
-    _, got = run_rounds(tiny, run_config(tiny.name, *settings), data_files[:1], steps=FEW)
-    _, whole = run_rounds(tiny, run_config(tiny.name, "split.hosts=0", *settings), data_files[:1], steps=FEW)
-    _, constant = run_rounds(tiny, run_config(tiny.name), data_files[:1], steps=FEW)
+    settings = ["optimizer.schedule=linear", "federation.rounds=1", f"federation.local_steps={STEPS}"]
+    _, got = run_rounds(tiny, run_config(tiny.name, *settings), data_files[:1])
+    _, whole = run_rounds(tiny, run_config(tiny.name, "split.hosts=0", *settings), data_files[:1])
+    _, constant = run_rounds(tiny, run_config(tiny.name), data_files[:1])
     assert same_bits(got, whole)
     assert relative_distance(got, constant, start_of(tiny, run_config(tiny.name))) > 0.1
