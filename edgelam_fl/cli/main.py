@@ -114,8 +114,9 @@ def exit_code(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
     """Runs a command of `app`, prints a foreseen error as one message and returns the exit code."""
     try:
         check_interpreter(sys.flags.optimize)
-        check_values(get_command(app), arguments)
-        status = app(args=list(arguments), prog_name=name, standalone_mode=False)
+        command = get_command(app)  # once: it looks at all options of all commands
+        check_values(command, arguments)
+        status = command(args=list(arguments), prog_name=name, standalone_mode=False)
     except EdgelamError as error:
         _LOG.debug("where it arose:", exc_info=error)
         _say_error(name, str(error))
