@@ -218,9 +218,8 @@ class Exchange:
 
     def _silent(self, waiting: Mapping[str, Addressee]) -> dict[str, Unanswered]:
         """Returns the nodes without an answer."""
-        is_recent = (
-            self.timing.now() - self._looked_s < self.timing.look_s
-        )  # of answers, there is a look every few hundredths
+        # Answers are looked for every few hundredths of a second; who is here need not be asked as often.
+        is_recent = self.timing.now() - self._looked_s < self.timing.look_s
         present = self._here if is_recent or not waiting else self.present()
         messages: dict[str, list[Addressee]] = {}
         for peer in waiting.values():
