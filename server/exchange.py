@@ -6,7 +6,6 @@ have its message sent again. Knows nothing about the contents of messages, nor w
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -144,13 +143,12 @@ class Exchange:
     def __init__(self, grid: Grid, timing: ExchangeTiming) -> None:
         self.grid, self.timing = grid, timing
         self._here: set[int] = set()  # at the last look
-        self._looked_s = -math.inf
         self._left: set[int] = set()  # since the last call of `left`
         self._given_up: dict[str, list[str]] = {}  # by name, the ids of messages that the last `replies` has given up
 
     def present(self) -> set[int]:
         """Returns Flower's ids of the nodes that are here."""
-        here, self._looked_s = set(self.grid.get_node_ids()), self.timing.now()
+        here = set(self.grid.get_node_ids())
         self._left |= self._here - here
         self._here = here
         return set(here)
@@ -218,9 +216,7 @@ class Exchange:
 
     def _silent(self, waiting: Mapping[str, Addressee]) -> dict[str, Unanswered]:
         """Returns the nodes without an answer."""
-        # Answers are looked for every few hundredths of a second; who is here need not be asked as often.
-        is_recent = self.timing.now() - self._looked_s < self.timing.look_s
-        present = self._here if is_recent or not waiting else self.present()
+        present = self.present() if waiting else set()
         messages: dict[str, list[Addressee]] = {}
         for peer in waiting.values():
             messages.setdefault(peer.name, []).append(peer)
