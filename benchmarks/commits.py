@@ -101,6 +101,7 @@ def write_for_ever(model: Path, run: Path, told: Connection) -> None:
         folder = RunFolder.reopened(run, spec, saved)
     except ConfigError:
         saved = saved_of(spec, 0)
+        shutil.rmtree(run, ignore_errors=True)  # of a run that was killed before its first round was stored
         folder = RunFolder(run, spec)
     told.send(("opened", len(leftovers(run))))
     number = saved.state.round
