@@ -101,7 +101,6 @@ def write_for_ever(model: Path, run: Path, told: Connection) -> None:
         folder = RunFolder.reopened(run, spec, saved)
     except ConfigError:
         saved = saved_of(spec, 0)
-        shutil.rmtree(run, ignore_errors=True)  # of a run that was killed before its first round was stored
         folder = RunFolder(run, spec)
     told.send(("opened", len(leftovers(run))))
     number = saved.state.round
@@ -175,6 +174,8 @@ def kill_writers(model: Path, run: Path, kills: int, draw: random.Random) -> Cou
         counts["inside"] += bool(leftovers(run)) or begun > stored
         counts += judge(spec, run, stored, begun)
         print(f"kill {number + 1} of {kills}: round {stored} is stored; {' '.join(leftovers(run))}", file=sys.stderr)
+        if not stored:
+            shutil.rmtree(run)  # a run without a finished round can only be started anew
     return counts
 
 

@@ -23,7 +23,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def data_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """So few examples per device that its second pass begins within five steps of four."""
+    """So few examples per device that its second pass begins within four steps of four."""
     return write_data_files(tmp_path_factory.mktemp("few"), fewest=9)
 
 
