@@ -18,10 +18,8 @@ from typing import Any
 
 from benchmarks.common import Figure, main
 from benchmarks.data.wordnet import SAMPLE, definitions, sample, unpacked
-from edgelam_fl.config import read_run_file
-from edgelam_fl.federation.local import run_local
+from edgelam_fl.federation import program
 from edgelam_fl.files import cache_folder
-from edgelam_fl.telemetry.events import RunFailure
 
 DEVICES, EXAMPLES = 3, 12_000
 RUN_FILE = """\
@@ -117,12 +115,11 @@ def write(file: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def run(run_file: Path, folder: Path, files: list[Path], overrides: list[str]) -> dict[str, Any]:
-    """Runs one federation on this machine and returns its summary."""
-    config = read_run_file(run_file, [f"federation.expect_nodes={len(files)}", *overrides])
-    for event in run_local(config, files, folder):
-        print(folder.name, type(event).__name__, flush=True)
-        if isinstance(event, RunFailure):
-            raise SystemExit(f"the run in {folder} failed: {event.reason}")
+    """Runs one federation on this machine and returns its summary. Raises as `program.run`."""
+    program.run(
+        files, run_file, [f"federation.expect_nodes={len(files)}", *overrides],
+        folder=folder, on_event=lambda event: print(folder.name, type(event).__name__, flush=True),
+    )  # fmt: skip
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
